@@ -1,0 +1,205 @@
+// RMSNorm, alone and fused with the residual add:
+//   out_tc = x_tc * rsqrt(mean_c(x_tc^2) + eps) * w_c
+// in float32, rounded once. Two sweeps over a row; the second finds it in L1. Contract: depthprune_runtime/ops/norm.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "check.h"
+#include "cpu/simd.h"
+
+namespace depthprune {
+namespace {
+
+// Elements that are worth a second thread, as in torch's own pointwise ops; below, parallel_for runs inline.
+constexpr int64_t kGrain = 32768;
+
+// Row r of a tensor starts at (r / inner) * outer_stride + (r % inner) * inner_stride: enough for [T, C], and for the
+// heads [T, H, D] of a wider projection.
+struct Rows {
+  int64_t inner = 1;
+  int64_t outer_stride = 0;
+  int64_t inner_stride = 0;
+
+  int64_t offset(int64_t row) const {
+    if (inner == 1) return row * outer_stride;
+    return row / inner * outer_stride + row % inner * inner_stride;
+  }
+};
+
+// The rows of t, or nothing where its last dimension is strided or the others do not merge into two.
+std::optional<Rows> rows_of(const at::Tensor& t) {
+  if (t.size(-1) != 1 && t.stride(-1) != 1) return std::nullopt;
+  int64_t sizes[2];
+  int64_t strides[2];
+  int count = 0;
+  for (int64_t d = t.dim() - 2; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (count > 0 && t.stride(d) == sizes[count - 1] * strides[count - 1]) {
+      sizes[count - 1] *= t.size(d);
+      continue;
+    }
+    if (count == 2) return std::nullopt;
+    sizes[count] = t.size(d);
+    strides[count] = t.stride(d);
+    ++count;
+  }
+  if (count == 0) return Rows{};
+  if (count == 1) return Rows{1, strides[0], 0};
+  return Rows{sizes[0], strides[1], strides[0]};
+}
+
+struct Norm {
+  const void* x;       // [T, C]
+  void* residual;      // [T, C], or null
+  const void* weight;  // [C]
+  void* out;           // [T, C]
+  Rows x_rows;
+  Rows residual_rows;
+  Rows out_rows;
+  int64_t hidden_size;
+  float eps;
+  at::ScalarType dtype;
+  at::ScalarType weight_dtype;
+};
+
+template <typename X, typename W, bool add>
+DEPTHPRUNE_INLINE void norm_rows(const Norm& norm, int64_t begin, int64_t end) {
+  using T = typename X::storage;
+  const auto* weight = static_cast<const typename W::storage*>(norm.weight);  // [C]
+  const int64_t hidden_size = norm.hidden_size;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(norm.x) + norm.x_rows.offset(row);  // [C]
+    T* out = static_cast<T*>(norm.out) + norm.out_rows.offset(row);        // [C]
+    float sum = 0.0f;
+    // The simd reductions allow partial sums: without them the loop waits for one addition after the other.
+    if constexpr (add) {
+      T* residual = static_cast<T*>(norm.residual) + norm.residual_rows.offset(row);  // [C]
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < hidden_size; ++c) {
+        const T rounded = X::narrow(X::widen(residual[c]) + X::widen(x[c]));
+        residual[c] = rounded;
+        const float value = X::widen(rounded);
+        sum += value * value;
+      }
+      x = residual;
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < hidden_size; ++c) {
+        const float value = X::widen(x[c]);
+        sum += value * value;
+      }
+    }
+    const float rstd = 1.0f / std::sqrt(sum / static_cast<float>(hidden_size) + norm.eps);
+#pragma omp simd
+    for (int64_t c = 0; c < hidden_size; ++c) {
+      out[c] = X::narrow(X::widen(x[c]) * rstd * W::widen(weight[c]));
+    }
+  }
+}
+
+template <typename X, bool add>
+DEPTHPRUNE_INLINE void norm_rows_of(const Norm& norm, int64_t begin, int64_t end) {
+  if (norm.weight_dtype == norm.dtype) {
+    norm_rows<X, X, add>(norm, begin, end);
+  } else {
+    norm_rows<X, Float32, add>(norm, begin, end);
+  }
+}
+
+template <bool add>
+DEPTHPRUNE_INLINE void norm_any(const Norm& norm, int64_t begin, int64_t end) {
+  if (norm.dtype == at::kBFloat16) {
+    norm_rows_of<BFloat16, add>(norm, begin, end);
+  } else if (norm.dtype == at::kHalf) {
+    norm_rows_of<Float16, add>(norm, begin, end);
+  } else {
+    norm_rows<Float32, Float32, add>(norm, begin, end);
+  }
+}
+
+// The dtype switch is inside the clones: a template cannot be cloned.
+DEPTHPRUNE_CLONES void norm_plain(const Norm& norm, int64_t begin, int64_t end) { norm_any<false>(norm, begin, end); }
+DEPTHPRUNE_CLONES void norm_add(const Norm& norm, int64_t begin, int64_t end) { norm_any<true>(norm, begin, end); }
+
+void check(const char* op, const at::Tensor& x, const at::Tensor& weight) {
+  DEPTHPRUNE_CHECK(x.dim() >= 1, op, "x", "at least one dimension", x.sizes());
+  DEPTHPRUNE_CHECK(
+      x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf || x.scalar_type() == at::kFloat,
+      op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
+  DEPTHPRUNE_CHECK(
+      weight.dim() == 1 && weight.size(0) == x.size(-1), op, "weight", c10::str("shape [", x.size(-1), "]"),
+      weight.sizes());
+  DEPTHPRUNE_CHECK(
+      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat, op, "weight",
+      c10::str("dtype ", x.scalar_type(), " (that of x) or Float"), weight.scalar_type());
+  DEPTHPRUNE_CHECK(weight.is_cpu(), op, "weight", "device cpu", weight.device());
+}
+
+at::Tensor with_rows(const at::Tensor& t) { return rows_of(t) ? t : t.contiguous(); }
+
+at::Tensor run(at::Tensor x, at::Tensor residual, const at::Tensor& weight, double eps) {
+  at::Tensor result = at::empty_like(residual.defined() ? residual : x);
+  if (x.numel() == 0) return result;
+  x = with_rows(x);
+  const at::Tensor gain = weight.contiguous();
+  const at::Tensor out = rows_of(result) ? result : at::empty_like(x, at::MemoryFormat::Contiguous);
+  Norm norm{};
+  norm.x = x.const_data_ptr();
+  norm.x_rows = *rows_of(x);
+  norm.weight = gain.const_data_ptr();
+  norm.out = out.mutable_data_ptr();
+  norm.out_rows = *rows_of(out);
+  norm.hidden_size = x.size(-1);
+  norm.eps = static_cast<float>(eps);
+  norm.dtype = x.scalar_type();
+  norm.weight_dtype = weight.scalar_type();
+  if (residual.defined()) {
+    norm.residual = residual.mutable_data_ptr();
+    norm.residual_rows = *rows_of(residual);
+  }
+  const int64_t grain = std::max<int64_t>(1, kGrain / norm.hidden_size);
+  at::parallel_for(0, x.numel() / norm.hidden_size, grain, [&](int64_t begin, int64_t end) {
+    norm.residual == nullptr ? norm_plain(norm, begin, end) : norm_add(norm, begin, end);
+  });
+  if (!out.is_same(result)) result.copy_(out);
+  return result;
+}
+
+at::Tensor rms_norm(
+    const at::Tensor& x,       // [..., C]
+    const at::Tensor& weight,  // [C]
+    double eps) {              // -> [..., C]
+  check("rms_norm", x, weight);
+  return run(x, {}, weight, eps);
+}
+
+at::Tensor add_rms_norm(
+    const at::Tensor& x,       // [T, C]
+    at::Tensor& residual,      // [T, C], updated in place
+    const at::Tensor& weight,  // [C]
+    double eps) {              // -> [T, C]
+  check("add_rms_norm", x, weight);
+  DEPTHPRUNE_CHECK(
+      residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type() && residual.is_cpu(), "add_rms_norm",
+      "residual", c10::str("shape ", x.sizes(), ", dtype ", x.scalar_type(), ", device cpu"),
+      c10::str(residual.sizes(), " ", residual.scalar_type(), " ", residual.device()));
+  const at::Tensor rows = with_rows(residual);
+  at::Tensor out = run(x, rows, weight, eps);
+  if (!rows.is_same(residual)) residual.copy_(rows);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(depthprune, CPU, m) {
+  m.impl("rms_norm", &rms_norm);
+  m.impl("add_rms_norm", &add_rms_norm);
+}
+
+}  // namespace depthprune

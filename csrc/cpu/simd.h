@@ -1,0 +1,68 @@
+// One build for every x86-64: functions marked DEPTHPRUNE_CLONES are compiled for AVX-512, AVX2 and the base
+// instruction set, and the loader picks one by cpuid. Other compilers and architectures compile plain code.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstdlib>  // __GLIBC__
+
+// glibc: the choice is made through an ifunc, which musl does not have.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#define DEPTHPRUNE_HAS_CLONES 1
+#define DEPTHPRUNE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DEPTHPRUNE_HAS_CLONES 0
+#define DEPTHPRUNE_CLONES
+#endif
+
+// What a clone calls must be inlined into it, or it is compiled for the base instruction set only.
+#if defined(__GNUC__)
+#define DEPTHPRUNE_INLINE inline __attribute__((always_inline))
+#else
+#define DEPTHPRUNE_INLINE __forceinline
+#endif
+
+namespace depthprune {
+
+// Element formats: how a stored value becomes a float and back, rounded to nearest even as torch rounds. Stored as
+// plain integers and written with selects between computed values, or GCC 12 does not vectorise loops over them.
+struct Float32 {
+  using storage = float;
+  static DEPTHPRUNE_INLINE float widen(float x) { return x; }
+  static DEPTHPRUNE_INLINE float narrow(float x) { return x; }
+};
+
+struct BFloat16 {
+  using storage = uint16_t;
+  static DEPTHPRUNE_INLINE float widen(uint16_t x) { return std::bit_cast<float>(static_cast<uint32_t>(x) << 16); }
+  static DEPTHPRUNE_INLINE uint16_t narrow(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  }
+};
+
+struct Float16 {
+  using storage = uint16_t;
+  static DEPTHPRUNE_INLINE float widen(uint16_t x) {
+    const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
+    const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fffu) << 13;
+    const float rebiased = std::bit_cast<float>(magnitude) * 0x1p112f;  // exact, subnormals included
+    const uint32_t finite = std::bit_cast<uint32_t>(rebiased);
+    return std::bit_cast<float>(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
+  }
+  static DEPTHPRUNE_INLINE uint16_t narrow(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    // 0xc8000000 moves the exponent bias from 127 to 15.
+    const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14 the sum with 0.5 has its last bit at 2^-24, where fp16 has its own.
+    const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // rounds to infinity from 65520 on
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    return static_cast<uint16_t>((bits >> 16 & 0x8000u) | half);
+  }
+};
+
+}  // namespace depthprune

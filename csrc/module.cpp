@@ -1,0 +1,22 @@
+// The Python module. Importing it runs the TORCH_LIBRARY_IMPL blocks of the other files, which give the ops
+// that depthprune_runtime.ops defined their CPU implementations.
+#include <pybind11/pybind11.h>
+
+#include "cpu/simd.h"
+
+namespace {
+
+// Which clone of the CPU kernels this machine runs.
+const char* simd_level() {
+#if DEPTHPRUNE_HAS_CLONES
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+#endif
+  return "generic";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("simd_level", &simd_level, "Instruction set of the CPU kernels: x86-64-v4 (AVX-512), x86-64-v3 (AVX2) or generic");
+}

@@ -1,0 +1,58 @@
+"""Make large language models shallower, and run the result at the speed a shallower model promises.
+
+    from depthprune_runtime import Runtime, prune
+    prune("MODEL", "pruned.safetensors", method="shortgpt", sparsity=0.2)
+    print(Runtime.load("pruned.safetensors").generate("Once upon a time"))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from depthprune_runtime.engine.outputs import CompletionOutput, RequestOutput
+    from depthprune_runtime.engine.params import SamplingParams
+    from depthprune_runtime.engine.runtime import Runtime
+    from depthprune_runtime.errors import InputError
+    from depthprune_runtime.evaluation.perplexity import perplexity
+    from depthprune_runtime.pruning.prune import import_model, prune
+
+__all__ = [
+    "CompletionOutput",
+    "InputError",
+    "RequestOutput",
+    "Runtime",
+    "SamplingParams",
+    "__version__",
+    "import_model",
+    "perplexity",
+    "prune",
+]
+
+# Loaded on first use: importing the package for its version must not import torch.
+_HOMES = {
+    "CompletionOutput": "engine.outputs",
+    "InputError": "errors",
+    "RequestOutput": "engine.outputs",
+    "Runtime": "engine.runtime",
+    "SamplingParams": "engine.params",
+    "import_model": "pruning.prune",
+    "perplexity": "evaluation.perplexity",
+    "prune": "pruning.prune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

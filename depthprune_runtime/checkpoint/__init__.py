@@ -1,0 +1,43 @@
+"""Checkpoints: Hugging Face, GGUF and our own file <-> (`DecoderSpec`, tensors), streamed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from depthprune_runtime.checkpoint.base import Checkpoint
+from depthprune_runtime.checkpoint.native import NativeCheckpoint, write_native
+from depthprune_runtime.errors import InputError
+
+__all__ = ["Checkpoint", "NativeCheckpoint", "open_checkpoint", "write_native"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_checkpoint(model: str | Path, dtype: torch.dtype | None = None, verify: bool = True) -> Checkpoint:
+    """Open a model: our own file, a Hugging Face folder or hub id, or a GGUF file.
+
+    dtype: convert a Hugging Face or GGUF source on the way in (our own file keeps its dtype); verify:
+    check our own file against its checksums. Raises InputError in one line.
+    """
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            from depthprune_runtime.checkpoint.huggingface import HuggingFaceCheckpoint
+
+            return HuggingFaceCheckpoint(path, dtype)
+        if path.is_file():
+            from depthprune_runtime.checkpoint.gguf import GGUFCheckpoint, is_gguf
+
+            if is_gguf(path):
+                return GGUFCheckpoint(path, dtype)
+            return NativeCheckpoint(path, verify)
+    except PermissionError as error:
+        raise InputError(f"{model}: cannot be read: {error.strerror}") from error
+    if path.suffix not in (".safetensors", ".gguf") and _HUB_ID.fullmatch(str(model)):
+        from depthprune_runtime.checkpoint.huggingface import HuggingFaceCheckpoint, download
+
+        return HuggingFaceCheckpoint(download(str(model)), dtype, name=str(model))
+    raise InputError(f"{model}: no such file or folder")

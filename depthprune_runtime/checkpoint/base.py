@@ -1,0 +1,62 @@
+"""`Checkpoint`: what every source offers, whichever format it is stored in."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.checkpoint.container import DTYPE_NAMES, checksum
+from depthprune_runtime.spec import DecoderSpec
+
+# Files carried inside a checkpoint, so that it moves alone.
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+
+class Checkpoint(abc.ABC):
+    """A model: spec, tensors read one by one, and the files around them.
+
+    name: for messages; dtype: of all weight tensors; assets: file name -> contents (tokenizer, generation
+    config); provenance: JSON object that says where the weights come from; plan: JSON of the `PrunePlan`
+    that made it, None for a dense model.
+    """
+
+    name: str
+    spec: DecoderSpec
+    dtype: torch.dtype
+    provenance: Mapping[str, Any]
+    plan: Mapping[str, Any] | None = None
+
+    @property
+    @abc.abstractmethod
+    def assets(self) -> Mapping[str, bytes]:
+        """Tokenizer and generation config by file name; empty where the source has none."""
+
+    @abc.abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """Packed tensor `name` (see `DecoderSpec.tensor_shapes`) on the CPU in `dtype`, mapped if possible."""
+
+    def checksums(self, on_tensor: Callable[[str], None] = lambda _: None) -> dict[str, str]:
+        """Checksum of every weight tensor; reads them all unless the format stores them."""
+        found = {}
+        for name in self.spec.tensor_shapes():
+            found[name] = checksum(self.tensor(name))
+            on_tensor(name)
+        return found
+
+    def digest(self, on_tensor: Callable[[str], None] = lambda _: None) -> str:
+        """Content digest over spec and weights: equal for the same model in any source format."""
+        content = {
+            "spec": self.spec.to_json(),
+            "dtype": DTYPE_NAMES[self.dtype],
+            "tensors": self.checksums(on_tensor),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,191 @@
+"""The container: safetensors files written in a stream, with a checksum for every tensor.
+
+Source of the format: the safetensors README (8-byte little-endian header length, JSON header, data).
+Files are written under a temporary identity and renamed when whole, so that a reader never meets half
+a file. Checksums are XXH3-64 over dtype, shape and bytes: they run at memory speed, so every load
+verifies them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from torch import Tensor
+
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.spec import Shape
+
+DTYPES: dict[str, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_EMPTY_CHECKSUM = "0" * 16
+_ALIGNMENT = 64  # bytes; mapped weights then start on a cache line and on a SIMD register
+_MAX_HEADER = 1 << 28
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Name, dtype and shape of a tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def checksum(tensor: Tensor) -> str:
+    """16 hex digits over dtype, shape and contents of a CPU `tensor`."""
+    digest = xxhash.xxh3_64(f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}".encode())
+    digest.update(_raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def check_destination(path: Path, nbytes: int = 0) -> None:
+    """Refuse early, before a long job, an output path that cannot be written."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"output {path}: expected a regular file or a new name, got something else of that name")
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"output {path}: its folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"output {path}: its folder {folder} is not writable")
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise InputError(f"output {path}: needs {nbytes:,} bytes, its disk has {free:,} free")
+
+
+@contextlib.contextmanager
+def _nameless_file(folder: Path) -> Iterator[BinaryIO | None]:
+    """A file without a name, which vanishes even under SIGKILL; None where the system has none."""
+    try:
+        descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    except (AttributeError, OSError):
+        yield None
+        return
+    with os.fdopen(descriptor, "w+b") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the name `path` only when the body ends well; else nothing is left."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(_nameless_file(path.parent))
+            nameless = file is not None
+            if file is None:
+                file = stack.enter_context(temporary.open("w+b"))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if nameless:
+                temporary.unlink(missing_ok=True)
+                descriptor = file.fileno()
+                # a descriptor argument makes CPython call linkat, which follows the link; link would not
+                os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor, follow_symlinks=True)
+        temporary.replace(path)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "; free some space or choose another disk" if full else ""
+        raise InputError(f"output {path}: cannot be written: {error.strerror or error}{hint}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.nbytes
+        table[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    padding = -(8 + len(text)) % _ALIGNMENT
+    text += b" " * padding
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_container(
+    path: Path,
+    entries: list[TensorEntry],
+    tensor: Callable[[str], Tensor],
+    metadata: Callable[[Mapping[str, str]], Mapping[str, str]],
+    on_tensor: Callable[[TensorEntry], None] = lambda _: None,
+) -> None:
+    """Write `entries` in order, holding one tensor at a time.
+
+    `metadata(checksums)` gives the string metadata from name -> checksum; it is called twice, before
+    and after the data, and must have the same length both times. `on_tensor` is called after each one.
+    """
+    check_destination(path, sum(e.nbytes for e in entries))
+    first = _header(entries, metadata({e.name: _EMPTY_CHECKSUM for e in entries}))
+    checksums: dict[str, str] = {}
+    with atomic_file(path) as file:
+        file.write(first)
+        for entry in entries:
+            data = tensor(entry.name).detach().to("cpu")
+            if (data.dtype, tuple(data.shape)) != (entry.dtype, entry.shape):
+                raise AssertionError(f"{entry.name}: {data.dtype} {tuple(data.shape)} is not {entry}")
+            checksums[entry.name] = checksum(data)
+            file.write(_raw_bytes(data))
+            on_tensor(entry)
+        last = _header(entries, metadata(checksums))
+        assert len(last) == len(first)
+        file.seek(0)
+        file.write(last)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file, checked against the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+            raise InputError(
+                f"{path}: truncated or not a safetensors file: {size} bytes, its header claims {length} bytes"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
+        sizes = {k: (DTYPES.get(e["dtype"]), e["shape"], e["data_offsets"]) for k, e in entries.items()}
+        for name, (dtype, shape, (start, stop)) in sizes.items():
+            if dtype is not None and torch.Size(shape).numel() * dtype.itemsize != stop - start:
+                raise InputError(f"{path}: damaged: tensor {name} of shape {shape} claims {stop - start} bytes")
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file: its header cannot be read ({error})") from error
+    expected = 8 + length + end
+    if size != expected:
+        raise InputError(f"{path}: truncated or damaged: expected {expected} bytes by its header, got {size}")
+    return dict(header)

@@ -1,0 +1,1 @@
+"""Generation: sampling parameters, requests, KV cache, runner, sampler, `Runtime`."""

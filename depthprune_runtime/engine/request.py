@@ -1,0 +1,119 @@
+"""`Request`: one running output, from its prompt to its end. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from depthprune_runtime.engine.outputs import CompletionOutput, FinishReason, Logprob
+from depthprune_runtime.engine.params import SamplingParams
+
+
+class TextSource(Protocol):
+    """Turns ids into text as they come (`tokenizer.TextStream`)."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Request:
+    """State of one output.
+
+    prompt_ids: the prompt's tokens; params: how to sample; eos_ids: ids that end it; max_length: prompt and
+    output together, by the model's context; text: None where the checkpoint has no tokenizer.
+    """
+
+    def __init__(
+        self,
+        prompt_index: int,
+        output_index: int,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        eos_ids: frozenset[int],
+        max_length: int,
+        text: TextSource | None,
+    ) -> None:
+        self.prompt_index = prompt_index
+        self.output_index = output_index
+        self.prompt_ids = tuple(prompt_ids)
+        self.params = params
+        self.max_new_tokens = min(params.max_tokens, max_length - len(self.prompt_ids))
+        self.output_ids: list[int] = []
+        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        self.logprobs: list[dict[int, Logprob]] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self._source = text
+        self._text = ""
+        self._sent = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def text(self) -> str:
+        return self._text
+
+    def append(self, token_id: int, alternatives: dict[int, Logprob] | None = None) -> None:
+        """Take one sampled token and decide whether the output ends with it."""
+        self.output_ids.append(token_id)
+        if alternatives is not None and self.cumulative_logprob is not None:
+            self.logprobs.append(alternatives)
+            self.cumulative_logprob += alternatives[token_id].logprob
+        if token_id in self._eos_ids:
+            self._finish("stop", None, flush=True)
+        elif token_id in self.params.stop_token_ids:
+            self._finish("stop", token_id, flush=True)
+        else:
+            if self._source is not None:
+                self._text += self._source.push(token_id)
+            if not self._cut_at_stop_string() and len(self.output_ids) >= self.max_new_tokens:
+                self._finish("length", None, flush=True)
+
+    def _finish(self, reason: FinishReason, stop: int | str | None, flush: bool) -> None:
+        self.finish_reason = reason
+        self.stop_reason = stop
+        if flush and self._source is not None:
+            self._text += self._source.flush()
+            self._cut_at_stop_string()
+
+    def _cut_at_stop_string(self) -> bool:
+        """End the text at the earliest stop string, if one has appeared."""
+        found = [(at, s) for s in self.params.stop_strings if (at := self._text.find(s)) >= 0]
+        if not found:
+            return False
+        at, stop = min(found)
+        self._text = self._text[: at + len(stop)] if self.params.include_stop_str_in_output else self._text[:at]
+        self._finish("stop", stop, flush=False)
+        return True
+
+    def take_news(self) -> str:
+        """Text not yet handed out; a tail that may become a stop string waits until that is decided."""
+        end = len(self._text)
+        if not self.finished:
+            for stop in self.params.stop_strings:
+                longest = min(len(stop) - 1, end)
+                held = next((n for n in range(longest, 0, -1) if self._text.endswith(stop[:n])), 0)
+                end = min(end, len(self._text) - held)
+        news = self._text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return news
+
+    def output(self) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.output_index,
+            text=self._text,
+            token_ids=tuple(self.output_ids),
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )

@@ -1,0 +1,1 @@
+"""Quality: perplexity of a text."""

@@ -1,0 +1,95 @@
+"""Perplexity over a text in windows without overlap.
+
+    ppl = exp( mean over windows of mean over t >= 1 of -log p(token_t | tokens before it in the window) )
+
+The text is tokenised once; each window of S tokens gives S - 1 predictions; the rest at the end that does
+not fill a window is left out, as in the GPTQ convention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from depthprune_runtime.engine.runtime import Runtime
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.model.batch import packed
+from depthprune_runtime.progress import Progress
+from depthprune_runtime.texts import rows_joined
+
+_LOGIT_TOKENS = 512  # rows of logits at a time: [512, 128k] float32 is 256 MB
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """tokens: predictions that were scored; windows: how many; seq_len: tokens in each."""
+
+    perplexity: float
+    tokens: int
+    windows: int
+    seq_len: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def token_windows(ids: list[int], seq_len: int, windows: int | None) -> Tensor:  # [N, S] int64
+    """The first `windows` (default all) consecutive windows."""
+    if seq_len < 2:
+        raise InputError(f"seq_len: expected at least 2, got {seq_len}")
+    if windows is not None and windows < 1:
+        raise InputError(f"windows: expected at least 1, got {windows}")
+    available = len(ids) // seq_len
+    wanted = available if windows is None else windows
+    if available == 0 or wanted > available:
+        raise InputError(
+            f"text is too short: {max(wanted, 1)} windows of {seq_len} tokens need {max(wanted, 1) * seq_len:,} tokens, "
+            f"got {len(ids):,}"
+        )
+    return torch.tensor(ids[: wanted * seq_len], dtype=torch.int64).view(wanted, seq_len)
+
+
+@torch.inference_mode()
+def window_nll(runtime: Runtime, window: Tensor) -> float:  # [S] int64
+    """Mean negative log-likelihood of tokens 1 .. S - 1, in nats."""
+    decoder = runtime.decoder
+    ids = window.to(runtime.device)
+    hidden = decoder.hidden_states(ids, packed([ids.shape[0]], runtime.device))[:-1]
+    total = 0.0
+    for rows, targets in zip(hidden.split(_LOGIT_TOKENS), ids[1:].split(_LOGIT_TOKENS), strict=True):
+        total += float(cross_entropy(decoder.logits(rows).float(), targets, reduction="sum"))
+    return total / (ids.shape[0] - 1)
+
+
+def perplexity(
+    runtime: Runtime,
+    text: str,
+    seq_len: int = 2048,
+    windows: int | None = None,
+    rows: bool = False,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of `runtime` on `text`; rows: join the text's lines as the papers do (`texts.rows_joined`)."""
+    limit = runtime.spec.max_position_embeddings
+    if seq_len > limit:
+        raise InputError(f"seq_len: expected at most the model's context of {limit}, got {seq_len}")
+    tokenizer = runtime.tokenizer
+    if tokenizer is None:
+        raise InputError(f"{runtime.name}: it carries no tokenizer, so text cannot be scored")
+    ids = tokenizer.encode(rows_joined(text) if rows else text)
+    chosen = token_windows(ids, seq_len, windows)
+    losses = []
+    with (progress or Progress()).stage("perplexity", len(chosen)) as advance:
+        for window in chosen:
+            losses.append(window_nll(runtime, window))
+            advance()
+    mean = math.fsum(losses) / len(losses)
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, len(chosen) * (seq_len - 1), len(chosen), seq_len)
+
+

@@ -1,0 +1,157 @@
+"""One table per source family: config keys and tensor-name templates.
+
+`config` is always a complete Hugging Face config dictionary (defaults filled in). Packed tensors are
+described as rows of source tensors, so that importing, digesting and streaming share one description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
+
+Config = Mapping[str, Any]
+
+
+def _layer_windows(config: Config) -> list[int | None]:
+    """Sliding window of each block; Qwen lists block types, Mistral gives one window for all."""
+    count = config["num_hidden_layers"]
+    window = config.get("sliding_window")
+    types = config.get("layer_types")
+    if types is None:
+        return [window] * count
+    known = {"full_attention": None, "sliding_attention": window}
+    for kind in types:
+        if kind not in known:
+            raise InputError(f"config.layer_types: expected {sorted(known)}, got {kind!r}")
+    return [known[kind] for kind in types]
+
+
+def _no_windows(config: Config) -> list[int | None]:
+    return [None] * config["num_hidden_layers"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one `model_type` apart from plain Llama."""
+
+    qkv_bias: Callable[[Config], bool]
+    o_bias: Callable[[Config], bool]
+    qk_norm: bool
+    windows: Callable[[Config], list[int | None]]
+
+
+def _attention_bias(config: Config) -> bool:
+    return bool(config.get("attention_bias", False))
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_attention_bias, _attention_bias, False, _no_windows),
+    "mistral": Family(lambda _: False, lambda _: False, False, _layer_windows),
+    "qwen2": Family(lambda _: True, lambda _: False, False, _layer_windows),
+    "qwen3": Family(_attention_bias, _attention_bias, True, _layer_windows),
+}
+
+# Source names by packed name; several names are concatenated along dimension 0.
+_HF_BLOCK = "model.layers.{block}."
+HF_NAMES: dict[str, tuple[str, ...]] = {
+    "embed_tokens.weight": ("model.embed_tokens.weight",),
+    "norm.weight": ("model.norm.weight",),
+    "lm_head.weight": ("lm_head.weight",),
+    "attention.norm.weight": (_HF_BLOCK + "input_layernorm.weight",),
+    "attention.qkv_proj.weight": tuple(_HF_BLOCK + f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "attention.qkv_proj.bias": tuple(_HF_BLOCK + f"self_attn.{x}_proj.bias" for x in "qkv"),
+    "attention.q_norm.weight": (_HF_BLOCK + "self_attn.q_norm.weight",),
+    "attention.k_norm.weight": (_HF_BLOCK + "self_attn.k_norm.weight",),
+    "attention.o_proj.weight": (_HF_BLOCK + "self_attn.o_proj.weight",),
+    "attention.o_proj.bias": (_HF_BLOCK + "self_attn.o_proj.bias",),
+    "ffn.norm.weight": (_HF_BLOCK + "post_attention_layernorm.weight",),
+    "ffn.gate_up_proj.weight": (_HF_BLOCK + "mlp.gate_proj.weight", _HF_BLOCK + "mlp.up_proj.weight"),
+    "ffn.down_proj.weight": (_HF_BLOCK + "mlp.down_proj.weight",),
+}
+_GGUF_BLOCK = "blk.{block}."
+GGUF_NAMES: dict[str, tuple[str, ...]] = {
+    "embed_tokens.weight": ("token_embd.weight",),
+    "norm.weight": ("output_norm.weight",),
+    "lm_head.weight": ("output.weight",),
+    "attention.norm.weight": (_GGUF_BLOCK + "attn_norm.weight",),
+    "attention.qkv_proj.weight": tuple(_GGUF_BLOCK + f"attn_{x}.weight" for x in "qkv"),
+    "attention.qkv_proj.bias": tuple(_GGUF_BLOCK + f"attn_{x}.bias" for x in "qkv"),
+    "attention.o_proj.weight": (_GGUF_BLOCK + "attn_output.weight",),
+    "attention.o_proj.bias": (_GGUF_BLOCK + "attn_output.bias",),
+    "ffn.norm.weight": (_GGUF_BLOCK + "ffn_norm.weight",),
+    "ffn.gate_up_proj.weight": (_GGUF_BLOCK + "ffn_gate.weight", _GGUF_BLOCK + "ffn_up.weight"),
+    "ffn.down_proj.weight": (_GGUF_BLOCK + "ffn_down.weight",),
+}
+
+
+def source_names(table: Mapping[str, tuple[str, ...]], spec: DecoderSpec, name: str) -> tuple[str, ...]:
+    """Names in the source of packed tensor `name` of a dense `spec`."""
+    if not name.startswith("sublayers."):
+        return table[name]
+    _, index, short = name.split(".", 2)
+    sublayer = spec.sublayers[int(index)]
+    return tuple(n.format(block=sublayer.origin[0]) for n in table[f"{sublayer.kind}.{short}"])
+
+
+def _rope(config: Config) -> RopeSpec:
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = parameters.get("rope_theta", config.get("rope_theta")) or 10000.0
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
+        raise InputError("config.partial_rotary_factor: expected 1.0 (whole heads rotated)")
+    if kind == "default":
+        return RopeSpec(theta=theta)
+    if kind == "linear":
+        return RopeSpec(theta=theta, kind="linear", factor=parameters["factor"])
+    if kind == "llama3":
+        return RopeSpec(
+            theta=theta,
+            kind="llama3",
+            factor=parameters["factor"],
+            low_freq_factor=parameters["low_freq_factor"],
+            high_freq_factor=parameters["high_freq_factor"],
+            original_max_position_embeddings=parameters["original_max_position_embeddings"],
+        )
+    if kind == "factors":
+        return RopeSpec(theta=theta, kind="factors", factors=tuple(parameters["factors"]))
+    raise InputError(f"config.rope_parameters: expected rope_type default, linear or llama3, got {kind!r}")
+
+
+def decoder_spec(config: Config) -> DecoderSpec:
+    """`DecoderSpec` of a dense model from its complete Hugging Face config."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise InputError(f"config.model_type: expected one of {sorted(FAMILIES)}, got {model_type!r}")
+    if config.get("mlp_bias"):
+        raise InputError("config.mlp_bias: expected false; FFNs with bias are not supported")
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise InputError(f"config.hidden_act: expected 'silu', got {activation!r}")
+    num_heads = config["num_attention_heads"]
+    sublayers: list[AttentionSpec | FFNSpec] = []
+    for block, window in enumerate(family.windows(config)):
+        attention = AttentionSpec(
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+            origin=(block,),
+            qkv_bias=family.qkv_bias(config),
+            o_bias=family.o_bias(config),
+            qk_norm=family.qk_norm,
+            sliding_window=window,
+        )
+        sublayers += [attention, FFNSpec(intermediate_size=config["intermediate_size"], origin=(block,))]
+    return DecoderSpec(
+        hidden_size=config["hidden_size"],
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config["max_position_embeddings"],
+        rms_norm_eps=config["rms_norm_eps"],
+        rope=_rope(config),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        sublayers=tuple(sublayers),
+    )

@@ -1,0 +1,1 @@
+"""The decoder over the op library: rotary tables, sub-layers, whole model."""

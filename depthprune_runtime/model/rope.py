@@ -1,0 +1,48 @@
+"""Rotary tables: cos and sin of position times frequency, in float32."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.spec import RopeSpec
+
+
+def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:  # [D/2] float64
+    """Angular frequency of each pair, in radians per token, after rescaling."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    # float32 first, as Transformers computes it: at position 100,000 the last bit of a frequency is visible
+    frequencies = (1.0 / rope.theta ** exponent.float()).double()
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "factors":
+        return frequencies / torch.tensor(rope.factors, dtype=torch.float64)
+    if rope.kind == "llama3":
+        return _llama3(rope, frequencies)
+    return frequencies
+
+
+def _llama3(rope: RopeSpec, frequencies: Tensor) -> Tensor:
+    """Long wavelengths are divided by `factor`, short ones kept, those between interpolated (Llama 3.1)."""
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)  # in the original context
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = smooth.clamp(0.0, 1.0)
+    return frequencies * (smooth + (1.0 - smooth) / rope.factor)
+
+
+class RotaryTable:
+    """cos/sin rows for positions 0 .. S-1, grown on demand: a 128k context would take 64 MB at once."""
+
+    def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device) -> None:
+        self._frequencies = inverse_frequencies(rope, head_dim).float().to(device)
+        self._table = torch.empty(0, 2, head_dim // 2, device=device)
+
+    def rows(self, length: int) -> Tensor:  # [>= length, 2, D/2] float32
+        if self._table.shape[0] < length:
+            size = max(256, 1 << (length - 1).bit_length())
+            positions = torch.arange(size, dtype=torch.float32, device=self._frequencies.device)
+            angles = positions[:, None] * self._frequencies
+            self._table = torch.stack((angles.cos(), angles.sin()), dim=1)
+        return self._table

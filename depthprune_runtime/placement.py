@@ -1,0 +1,38 @@
+"""Where and in what to compute: `device` and `dtype` arguments of the public functions."""
+
+from __future__ import annotations
+
+import torch
+
+from depthprune_runtime.errors import InputError
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: {device!r} is not available: {str(error).splitlines()[0]}") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype by name; `auto` and None mean the checkpoint's own."""
+    if dtype is None or dtype == "auto":
+        return None
+    resolved = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(dtype)
+    if resolved not in _DTYPES.values():
+        raise InputError(f"dtype: expected auto, {', '.join(_DTYPES)}, got {dtype!r}")
+    return resolved

@@ -1,0 +1,1 @@
+"""Pruning methods: each decides a `PrunePlan`; `surgery` carries it out."""

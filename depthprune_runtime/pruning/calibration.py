@@ -1,0 +1,93 @@
+"""Calibration: token windows, and hidden states streamed through the dense model sub-layer by sub-layer.
+
+Only one sub-layer's weights are in memory at a time, so models larger than memory can be scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from depthprune_runtime import ops
+from depthprune_runtime.checkpoint import Checkpoint
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.model.batch import packed
+from depthprune_runtime.model.decoder import SublayerLoader
+
+_BATCH_TOKENS = 4096  # tokens per forward pass: large enough for GEMM speed, small enough for memory
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Windows of token ids and where they came from (for the plan's settings)."""
+
+    windows: Tensor  # [N, S] int64
+    description: dict[str, Any]
+
+
+def sample_windows(ids: Sequence[int], samples: int, seq_len: int, seed: int) -> Tensor:  # [N, S] int64
+    """`samples` different windows of the non-overlapping ones of `seq_len` tokens, drawn by `seed`, in text order."""
+    for name, value in (("samples", samples), ("seq_len", seq_len)):
+        if value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    available = len(ids) // seq_len
+    if available < samples:
+        raise InputError(
+            f"calibration text is too short: {samples} windows of {seq_len} tokens need {samples * seq_len:,} tokens, "
+            f"got {len(ids):,}; give more text, fewer samples or shorter windows"
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    return torch.tensor(ids[: available * seq_len], dtype=torch.int64).view(available, seq_len)[order]
+
+
+def calibration_set(
+    name: str, text: str, encode: Callable[[str], list[int]], samples: int, seq_len: int, seed: int
+) -> CalibrationSet:
+    """Tokenise `text` once and draw the windows."""
+    windows = sample_windows(encode(text), samples, seq_len, seed)
+    description = {
+        "text": name,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+    }
+    return CalibrationSet(windows, description)
+
+
+def stream_hidden_states(
+    checkpoint: Checkpoint,
+    windows: Tensor,  # [N, S] int64
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (sub-layer, hidden states entering it, hidden states leaving it), both [n, S, C], batch by batch.
+
+    Sub-layers come in order; all batches of one come before the next. The residual stream stays in
+    memory on `device`: N * S * C elements.
+    """
+    count, seq_len = windows.shape
+    if seq_len > checkpoint.spec.max_position_embeddings:
+        raise InputError(
+            f"seq_len: expected at most the model's context of {checkpoint.spec.max_position_embeddings}, got {seq_len}"
+        )
+    loader = SublayerLoader(checkpoint.spec, checkpoint.tensor, device, dtype)
+    per_batch = max(1, _BATCH_TOKENS // seq_len)
+    table = loader.tensor("embed_tokens.weight")
+    states = [embedding(w.to(device), table) for w in windows.split(per_batch)]
+    del table
+    for i in range(len(checkpoint.spec.sublayers)):
+        sublayer = loader.sublayer(i)
+        for n, state in enumerate(states):
+            batch = packed([seq_len] * state.shape[0], device)
+            flat = state.flatten(0, 1)
+            hidden = ops.rms_norm(flat, sublayer.norm, checkpoint.spec.rms_norm_eps)
+            leaving = (flat + sublayer(hidden, batch)).view_as(state)
+            yield i, state, leaving
+            states[n] = leaving
