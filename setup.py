@@ -21,7 +21,7 @@ def extension() -> dict[str, Any]:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    flags = ["-O3", "-std=c++20", "-Wall"]
+    flags = ["-O3", "-std=c++20", "-Wall", "-g0"]
     if sys.platform.startswith("linux"):
         # Compile with OpenMP, or at::parallel_for runs on one thread; but do not link it: the symbols then
         # come from torch's own libgomp, and the process keeps one thread pool instead of two.

@@ -1,8 +1,8 @@
 """Make large language models shallower, and run the result at the speed a shallower model promises.
 
-    from depthprune_runtime import Runtime, prune
-    prune("MODEL", "pruned.safetensors", method="shortgpt", sparsity=0.2)
-    print(Runtime.load("pruned.safetensors").generate("Once upon a time"))
+from depthprune_runtime import Runtime, prune
+prune("MODEL", "pruned.safetensors", method="shortgpt", sparsity=0.2)
+print(Runtime.load("pruned.safetensors").generate("Once upon a time"))
 """
 
 from __future__ import annotations

@@ -89,9 +89,9 @@ class Tokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {n: t for n in names if (t := _token_text(self._config.get(n))) is not None}
+        special: dict[str, Any] = {n: t for n in names if (t := _token_text(self._config.get(n))) is not None}
         try:
-            rendered, _ = render_jinja_template(
+            rendered = render_jinja_template(
                 conversations=[[dict(m) for m in messages]],
                 chat_template=self.chat_template,
                 add_generation_prompt=True,
@@ -99,7 +99,7 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise InputError(f"messages: refused by the model's chat template: {error}") from error
-        return str(rendered[0])
+        return str(rendered[0][0])
 
 
 class TextStream:

@@ -22,9 +22,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @triton.jit
 def _normalise(x, columns, in_columns, weight_ptr, hidden_size, eps):
     """float32 tile [BLOCK_ROWS, BLOCK_SIZE], zero beyond hidden_size -> normalised tile, float32."""
+    # Independent of the statistics: issued before the reduction, its latency hides behind it.
+    weight = tl.load(weight_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
     mean = tl.sum(x * x, axis=1) / hidden_size
     rstd = tl.rsqrt(mean + eps)
-    weight = tl.load(weight_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)
     return x * rstd[:, None] * weight[None, :]
 
 
@@ -88,9 +89,7 @@ def add_rms_norm_kernel(
     in_columns = columns < hidden_size
     mask = (rows < num_rows)[:, None] & in_columns[None, :]
     x = tl.load(x_ptr + _offsets(rows, columns, x_inner, x_outer_stride, x_inner_stride), mask=mask, other=0.0)
-    residual_ptrs = residual_ptr + _offsets(
-        rows, columns, residual_inner, residual_outer_stride, residual_inner_stride
-    )
+    residual_ptrs = residual_ptr + _offsets(rows, columns, residual_inner, residual_outer_stride, residual_inner_stride)
     residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
     # The norm sees the sum as later sub-layers will: rounded to the dtype of the residual.
     total = (residual + x.to(tl.float32)).to(residual_ptr.dtype.element_ty)
@@ -119,6 +118,10 @@ def _rows(t: Tensor) -> tuple[int, int, int] | None:
     return 1, merged[0][1] if merged else 0, 0
 
 
+def _with_rows(t: Tensor) -> Tensor:
+    return t if _rows(t) is not None else t.contiguous()
+
+
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
     if x.dtype not in _DTYPES:
         raise ValueError(f"{op}: expected x of dtype bfloat16, float16 or float32, got {x.dtype}")
@@ -128,26 +131,33 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{op}: expected weight on {x.device} like x, got {weight.device}")
 
 
-def _launch(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _launch(
+    op: str,
+    x: Tensor,  # [..., C]
+    residual: Tensor | None,  # [..., C], updated in place
+    weight: Tensor,  # [C]
+    eps: float,
+) -> Tensor:  # [..., C], with the strides that the reference gives it
     out = torch.empty_like(x if residual is None else residual)
     if x.numel() == 0:
         return out
     hidden_size = x.shape[-1]
     num_rows = x.numel() // hidden_size
     config = launch_config(op, (num_rows, hidden_size), capability_of(x.device))
-    if _rows(x) is None:
-        x = x.contiguous()
+    x, weight = _with_rows(x), weight.contiguous()
     target = out if _rows(out) is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
     grid = (triton.cdiv(num_rows, config.block_rows),)
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_SIZE": config.block_size, "num_warps": config.num_warps}
-    weight = weight.contiguous()
     layout = (num_rows, hidden_size, *_rows(x))
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of the tensors
         if residual is None:
             rms_norm_kernel[grid](x, weight, target, *layout, *_rows(target), eps, **blocks)
         else:
-            layout += _rows(residual)
-            add_rms_norm_kernel[grid](x, residual, weight, target, *layout, *_rows(target), eps, **blocks)
+            total = _with_rows(residual)
+            layout += _rows(total)
+            add_rms_norm_kernel[grid](x, total, weight, target, *layout, *_rows(target), eps, **blocks)
+            if total is not residual:
+                residual.copy_(total)
     return out if target is out else out.copy_(target)
 
 
@@ -174,8 +184,4 @@ def add_rms_norm(
             f"add_rms_norm: expected residual like x {list(x.shape)} {x.dtype}, "
             f"got {list(residual.shape)} {residual.dtype}"
         )
-    rows = residual if _rows(residual) is not None else residual.contiguous()
-    out = _launch("add_rms_norm", x, rows, weight, eps)
-    if rows is not residual:
-        residual.copy_(rows)
-    return out
+    return _launch("add_rms_norm", x, residual, weight, eps)

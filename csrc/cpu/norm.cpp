@@ -141,13 +141,16 @@ void check(const char* op, const at::Tensor& x, const at::Tensor& weight) {
   DEPTHPRUNE_CHECK(weight.is_cpu(), op, "weight", "device cpu", weight.device());
 }
 
+// t, or a dense copy where its rows have no simple offsets: slower, for callers that the engine does not have.
 at::Tensor with_rows(const at::Tensor& t) { return rows_of(t) ? t : t.contiguous(); }
 
-at::Tensor run(at::Tensor x, at::Tensor residual, const at::Tensor& weight, double eps) {
-  at::Tensor result = at::empty_like(residual.defined() ? residual : x);
-  if (x.numel() == 0) return result;
-  x = with_rows(x);
+// `residual` may be undefined. The result has the strides that the reference gives it.
+at::Tensor run(const at::Tensor& input, const at::Tensor& residual, const at::Tensor& weight, double eps) {
+  at::Tensor result = at::empty_like(residual.defined() ? residual : input);
+  if (input.numel() == 0) return result;
+  const at::Tensor x = with_rows(input);
   const at::Tensor gain = weight.contiguous();
+  const at::Tensor sum = residual.defined() ? with_rows(residual) : residual;
   const at::Tensor out = rows_of(result) ? result : at::empty_like(x, at::MemoryFormat::Contiguous);
   Norm norm{};
   norm.x = x.const_data_ptr();
@@ -160,13 +163,14 @@ at::Tensor run(at::Tensor x, at::Tensor residual, const at::Tensor& weight, doub
   norm.dtype = x.scalar_type();
   norm.weight_dtype = weight.scalar_type();
   if (residual.defined()) {
-    norm.residual = residual.mutable_data_ptr();
-    norm.residual_rows = *rows_of(residual);
+    norm.residual = sum.mutable_data_ptr();
+    norm.residual_rows = *rows_of(sum);
   }
   const int64_t grain = std::max<int64_t>(1, kGrain / norm.hidden_size);
   at::parallel_for(0, x.numel() / norm.hidden_size, grain, [&](int64_t begin, int64_t end) {
     norm.residual == nullptr ? norm_plain(norm, begin, end) : norm_add(norm, begin, end);
   });
+  if (!sum.is_same(residual)) residual.copy_(sum);
   if (!out.is_same(result)) result.copy_(out);
   return result;
 }
@@ -189,10 +193,7 @@ at::Tensor add_rms_norm(
       residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type() && residual.is_cpu(), "add_rms_norm",
       "residual", c10::str("shape ", x.sizes(), ", dtype ", x.scalar_type(), ", device cpu"),
       c10::str(residual.sizes(), " ", residual.scalar_type(), " ", residual.device()));
-  const at::Tensor rows = with_rows(residual);
-  at::Tensor out = run(x, rows, weight, eps);
-  if (!rows.is_same(residual)) residual.copy_(rows);
-  return out;
+  return run(x, residual, weight, eps);
 }
 
 }  // namespace

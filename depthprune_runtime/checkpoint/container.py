@@ -51,7 +51,8 @@ class TensorEntry:
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def checksum(tensor: Tensor) -> str:

@@ -50,6 +50,7 @@ class GGUFCheckpoint(Checkpoint):
             "source": self.name,
             "format": "gguf",
             "family": config["model_type"],
+            "blocks": config["num_hidden_layers"],
             "dequantized_from": quantizations,
         }
 
@@ -165,5 +166,3 @@ def is_gguf(path: Path) -> bool:
     """Whether the file begins with GGUF's magic."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
-
-

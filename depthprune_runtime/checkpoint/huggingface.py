@@ -74,7 +74,12 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._files = self._weight_map()
         self._open: dict[str, Any] = {}
         self.dtype = dtype if dtype is not None else self._stored_dtype()
-        self.provenance = {"source": self.name, "format": "huggingface", "family": config["model_type"]}
+        self.provenance = {
+            "source": self.name,
+            "format": "huggingface",
+            "family": config["model_type"],
+            "blocks": config["num_hidden_layers"],
+        }
 
     def _config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
@@ -134,7 +139,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         try:
             if path.name not in self._open:
                 self._headers[path]
-                self._open[path.name] = safe_open(path, "pt")  # type: ignore[no-untyped-call]
+                self._open[path.name] = safe_open(path, "pt")
             tensor: Tensor = self._open[path.name].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: {name}: {error}") from error

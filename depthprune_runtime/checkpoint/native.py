@@ -59,7 +59,7 @@ class NativeCheckpoint(Checkpoint):
         self._checksums: dict[str, str] = content["checksums"]
         self._check_tensors(header)
         try:
-            self._file = safe_open(path, "pt")  # type: ignore[no-untyped-call]
+            self._file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged: {error}") from error
         self._asset_names = [n for n in self._checksums if n.startswith(_ASSET_PREFIX)]

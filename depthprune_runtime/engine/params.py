@@ -63,7 +63,9 @@ class SamplingParams:
         _require(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings", self.stop)
         _require(all(_whole(i, 0) for i in self.stop_token_ids), "stop_token_ids", "token ids", self.stop_token_ids)
         _require(_whole(self.max_tokens, 1), "max_tokens", "an integer >= 1", self.max_tokens)
-        _require(self.logprobs is None or _whole(self.logprobs, 0), "logprobs", "None or an integer >= 0", self.logprobs)
+        _require(
+            self.logprobs is None or _whole(self.logprobs, 0), "logprobs", "None or an integer >= 0", self.logprobs
+        )
 
     @property
     def greedy(self) -> bool:

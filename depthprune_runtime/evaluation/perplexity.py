@@ -47,9 +47,9 @@ def token_windows(ids: list[int], seq_len: int, windows: int | None) -> Tensor: 
     available = len(ids) // seq_len
     wanted = available if windows is None else windows
     if available == 0 or wanted > available:
+        needed = max(wanted, 1)
         raise InputError(
-            f"text is too short: {max(wanted, 1)} windows of {seq_len} tokens need {max(wanted, 1) * seq_len:,} tokens, "
-            f"got {len(ids):,}"
+            f"text is too short: {needed} windows of {seq_len} tokens need {needed * seq_len:,} tokens, got {len(ids):,}"
         )
     return torch.tensor(ids[: wanted * seq_len], dtype=torch.int64).view(wanted, seq_len)
 
@@ -91,5 +91,3 @@ def perplexity(
     mean = math.fsum(losses) / len(losses)
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value, len(chosen) * (seq_len - 1), len(chosen), seq_len)
-
-

@@ -86,7 +86,9 @@ class FFN:
 Sublayer = Attention | FFN
 
 
-def build_sublayer(spec: SublayerSpec, tensors: Mapping[str, Tensor], eps: float, rotary: RotaryTable | None) -> Sublayer:
+def build_sublayer(
+    spec: SublayerSpec, tensors: Mapping[str, Tensor], eps: float, rotary: RotaryTable | None
+) -> Sublayer:
     """Sub-layer over `tensors` (short names, see `tensor_shapes`); attention needs its rotary table."""
     if isinstance(spec, FFNSpec):
         return FFN(spec, tensors)

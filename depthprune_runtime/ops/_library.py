@@ -18,9 +18,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 REFERENCES: dict[str, Callable[..., Any]] = {}
 
 
-def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Define op `schema` with its `reference`; return the callable op.
 
     `fake` computes shapes only; needed where the reference reads values (lengths, block tables),

@@ -8,6 +8,8 @@ Ainslie et al., arXiv 2305.13245; paging: Kwon et al., arXiv 2309.06180.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -53,7 +55,7 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale
     if len(bounds) == 2:
         return _attend(q, k, v, scale, window)
     out = torch.empty_like(q)
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         out[start:end] = _attend(q[start:end], k[start:end], v[start:end], scale, window)
     return out
 
@@ -129,7 +131,5 @@ def paged_attention(
     window: int = 0,  # tokens a query sees, itself included; 0: all
 ) -> Tensor:  # [T, H, D]
     """Causal attention of each request's newest tokens over its whole context in the cache."""
-    out: Tensor = _paged_attention_op(
-        q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window
-    )
+    out: Tensor = _paged_attention_op(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window)
     return out

@@ -22,9 +22,7 @@ def _rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
         x[..., half:].copy_(rotated_b)
 
 
-_rotary_op = define(
-    "rotary(Tensor(a!) q, Tensor(b!) k, Tensor cos_sin, Tensor positions) -> ()", _rotary
-)
+_rotary_op = define("rotary(Tensor(a!) q, Tensor(b!) k, Tensor cos_sin, Tensor positions) -> ()", _rotary)
 
 
 def rotary(

@@ -72,7 +72,7 @@ def stream_hidden_states(
     Sub-layers come in order; all batches of one come before the next. The residual stream stays in
     memory on `device`: N * S * C elements.
     """
-    count, seq_len = windows.shape
+    seq_len = windows.shape[1]
     if seq_len > checkpoint.spec.max_position_embeddings:
         raise InputError(
             f"seq_len: expected at most the model's context of {checkpoint.spec.max_position_embeddings}, got {seq_len}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
@@ -16,15 +14,13 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set
+from depthprune_runtime.pruning.names import METHODS, Method, Score
 from depthprune_runtime.pruning.plan import PrunePlan
-from depthprune_runtime.pruning.shortgpt import Score, block_pairs, plan_shortgpt
+from depthprune_runtime.pruning.shortgpt import block_pairs, plan_shortgpt
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.texts import load_text
 from depthprune_runtime.tokenizer import Tokenizer
-
-Method = Literal["shortgpt"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ def blocks_for_sparsity(spec: DecoderSpec, sparsity: float, removable: int) -> i
     return blocks
 
 
-def _block_count(spec: DecoderSpec, blocks: int | None, sparsity: float | None, protect_last: bool) -> int:
+def _block_count(spec: DecoderSpec, blocks: int | None, sparsity: float | None) -> int:
     if (blocks is None) == (sparsity is None):
         raise InputError("expected exactly one of blocks and sparsity")
     removable = len(block_pairs(spec)) - 1  # at least one block stays, whichever it is
@@ -118,29 +114,16 @@ def prune(
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
-    count = _block_count(parent.spec, blocks, sparsity, protect_last)
+    count = _block_count(parent.spec, blocks, sparsity)
     check_destination(path)
     data = calibrate(parent, calibration, samples, seq_len, seed)
     with progress.stage("read weights", len(parent.spec.tensor_shapes())) as advance:
         digest = parent.digest(lambda _: advance())
     with progress.stage("score blocks", len(block_pairs(parent.spec))) as advance, torch.inference_mode():
-        plan = _plan(parent, count, data, target, score, protect_last, digest, advance)
+        plan = plan_shortgpt(parent, count, data, target, parent.dtype, score, protect_last, digest, advance)
     pruned = PrunedCheckpoint(parent, plan)
     write(pruned, path, progress)
     return PruneResult(path, parent.spec, pruned.spec, plan)
-
-
-def _plan(
-    parent: Checkpoint,
-    count: int,
-    data: CalibrationSet,
-    device: torch.device,
-    score: Score,
-    protect_last: bool,
-    digest: str,
-    advance: Callable[[], None],
-) -> PrunePlan:
-    return plan_shortgpt(parent, count, data, device, parent.dtype, score, protect_last, digest, advance)
 
 
 def import_model(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,11 +20,10 @@ from torch.nn.functional import cosine_similarity
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning.calibration import CalibrationSet, stream_hidden_states
+from depthprune_runtime.pruning.names import SCORES, Score
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.spec import DecoderSpec
 
-Score = Literal["block-influence", "relative-magnitude", "sequential", "reverse"]
-SCORES: tuple[Score, ...] = get_args(Score)
 Progress = Callable[[], None]
 
 

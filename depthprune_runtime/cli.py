@@ -1,0 +1,285 @@
+"""`depthprune`: thin commands over the public functions. Results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from depthprune_runtime import __version__
+from depthprune_runtime.errors import InputError
+
+_INTERRUPTED = 130
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _progress(args: argparse.Namespace) -> Any:
+    from depthprune_runtime.progress import Progress
+
+    return Progress(visible=not args.quiet)
+
+
+def _summary(parent: Any, spec: Any) -> dict[str, Any]:
+    before, after = parent.num_parameters(), spec.num_parameters()
+    return {
+        "sublayers": len(spec.sublayers),
+        "parent_sublayers": len(parent.sublayers),
+        "parameters": after,
+        "parent_parameters": before,
+        "sparsity": 1 - after / before,
+    }
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from depthprune_runtime.pruning.prune import prune
+
+    result = prune(
+        args.model,
+        args.output,
+        args.method,
+        blocks=args.blocks,
+        sparsity=args.sparsity,
+        calibration=args.calibration,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        score=args.score,
+        protect_last=args.protect_last,
+        device=args.device,
+        dtype=args.dtype,
+        progress=_progress(args),
+    )
+    summary = _summary(result.parent, result.spec)
+    if args.json:
+        _print_json({"output": str(result.path), **summary, "plan": result.plan.to_json()})
+        return
+    gone = sorted({result.parent.sublayers[i].origin[0] for i in result.plan.dropped()})
+    print(
+        f"{result.path}: {args.method} dropped blocks {gone}; {summary['sublayers']} of "
+        f"{summary['parent_sublayers']} sub-layers and {summary['parameters']:,} of {summary['parent_parameters']:,} "
+        f"parameters left (sparsity {result.sparsity:.1%}, embeddings included)"
+    )
+
+
+def _import(args: argparse.Namespace) -> None:
+    from depthprune_runtime.pruning.prune import import_model
+
+    spec = import_model(args.model, args.output, dtype=args.dtype, progress=_progress(args))
+    if args.json:
+        _print_json({"output": args.output, "parameters": spec.num_parameters(), "spec": spec.to_json()})
+    else:
+        print(f"{args.output}: {len(spec.sublayers)} sub-layers, {spec.num_parameters():,} parameters")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from depthprune_runtime.checkpoint import open_checkpoint
+    from depthprune_runtime.inspection import inspect, render
+
+    description = inspect(open_checkpoint(args.model))
+    if args.json:
+        _print_json(description)
+    else:
+        print(render(description))
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from depthprune_runtime.engine.runtime import Runtime
+
+    return Runtime.load(args.model, args.device, args.dtype)
+
+
+def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "max_new_tokens",
+        "logprobs",
+        "n",
+    )
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if not args.prompt:
+        raise InputError("prompt: expected at least one, got none; give --prompt TEXT (it can be repeated)")
+    if args.chat and len(args.prompt) > 1:
+        raise InputError(f"--chat: expected one --prompt, got {len(args.prompt)}")
+    runtime = _load(args)
+    options = _sampling_options(args)
+    if args.chat:
+        outputs = [runtime.chat([{"role": "user", "content": args.prompt[0]}], **options)]
+    elif args.json or len(args.prompt) > 1 or (args.n or 1) > 1:
+        outputs = runtime.generate(args.prompt, **options)
+    else:
+        for chunk in runtime.stream(args.prompt[0], **options):
+            print(chunk.text, end="", flush=True)
+        print()
+        return
+    if args.json:
+        _print_json([o.to_json() for o in outputs])
+        return
+    for output in outputs:
+        for completion in output.outputs:
+            print(completion.text)
+
+
+def _perplexity(args: argparse.Namespace) -> None:
+    from depthprune_runtime.evaluation.perplexity import perplexity
+    from depthprune_runtime.texts import load_text
+
+    text = load_text(args.text)
+    runtime = _load(args)
+    result = perplexity(runtime, text, args.seq_len, args.windows, args.rows, _progress(args))
+    if args.json:
+        _print_json(result.to_json())
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} over {result.tokens:,} predictions in {result.windows} windows of "
+            f"{result.seq_len} tokens"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a usage error, as for every other one."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _add_placement(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--dtype", default="auto", help=f"bf16, fp16 or fp32 {what} (default: the source's)")
+
+
+def _add_prune(commands: Any, common: _Parser) -> None:
+    from depthprune_runtime.pruning.names import METHODS, SCORES
+
+    p = commands.add_parser("prune", parents=[common], help="make a dense model shallower, without training")
+    p.add_argument("model", metavar="MODEL", help="our file, a Hugging Face folder or hub id, or a GGUF file")
+    p.add_argument("-o", "--output", required=True, metavar="FILE", help="the pruned, self-contained file")
+    p.add_argument("--method", choices=METHODS, default="shortgpt")
+    size = p.add_mutually_exclusive_group(required=True)
+    size.add_argument("--blocks", type=int, metavar="N", help="blocks to remove")
+    size.add_argument(
+        "--sparsity", type=float, metavar="R", help="least share of parameters to remove, embeddings included"
+    )
+    p.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="TEXT",
+        help="UTF-8 file, or builtin (English that Python carries; default) or wikitext2",
+    )
+    p.add_argument("--samples", type=int, default=32, metavar="N", help="calibration windows (default 32)")
+    p.add_argument("--seq-len", type=int, default=1024, metavar="S", help="tokens in each (default 1024)")
+    p.add_argument("--seed", type=int, default=0, help="which windows are drawn (default 0)")
+    p.add_argument("--score", choices=SCORES, default=SCORES[0], help="how ShortGPT ranks blocks")
+    p.add_argument(
+        "--protect-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="never drop the last block, as the official ShortGPT script in effect does (default on)",
+    )
+    _add_placement(p, "of the output")
+    p.set_defaults(run=_prune)
+
+
+def _add_generate(commands: Any, common: _Parser) -> None:
+    p = commands.add_parser("generate", parents=[common], help="generate text")
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("--prompt", "-p", action="append", help="repeat for several prompts in one batch")
+    p.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="default 128")
+    p.add_argument("--temperature", type=float, help="0 is greedy")
+    p.add_argument("--top-k", type=int)
+    p.add_argument("--top-p", type=float)
+    p.add_argument("--min-p", type=float)
+    p.add_argument("--repetition-penalty", type=float)
+    p.add_argument("--seed", type=int)
+    p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    p.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID")
+    p.add_argument("--logprobs", type=int, metavar="N", help="report the N most likely tokens (with --json)")
+    p.add_argument("-n", type=int, help="outputs per prompt")
+    _add_placement(p, "to compute in")
+    p.set_defaults(run=_generate)
+
+
+def _add_perplexity(commands: Any, common: _Parser) -> None:
+    p = commands.add_parser("perplexity", parents=[common], help="perplexity of a text")
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("--text", required=True, help="UTF-8 file (plain or .gz), or builtin-test or wikitext2-test")
+    p.add_argument("--seq-len", type=int, default=2048, metavar="S", help="tokens in a window (default 2048)")
+    p.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
+    p.add_argument("--rows", action="store_true", help="join the lines by blank lines, as the pruning papers do")
+    _add_placement(p, "to compute in")
+    p.set_defaults(run=_perplexity)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    common.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
+    parser = _Parser(prog="depthprune", description="Make large language models shallower, and run the result.")
+    parser.add_argument("--version", action="version", version=f"depthprune {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_prune(commands, common)
+    p = commands.add_parser("import", parents=[common], help="write a dense model as one self-contained file")
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("-o", "--output", required=True, metavar="FILE")
+    p.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: the source's)")
+    p.set_defaults(run=_import)
+    p = commands.add_parser("inspect", parents=[common], help="sub-layers, sizes, plan and provenance of a model")
+    p.add_argument("model", metavar="MODEL")
+    p.set_defaults(run=_inspect)
+    _add_generate(commands, common)
+    _add_perplexity(commands, common)
+    return parser
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 1 bad input or a failed read or write, one line on stderr; 2 usage; 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="depthprune: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"depthprune: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of stdout has gone, as in `depthprune ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        name = f"{Path(str(error.filename))}: " if error.filename else ""
+        print(f"depthprune: {name}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("depthprune: out of memory; use a smaller model, window or dtype", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("depthprune: interrupted; nothing was written", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What is in a checkpoint: sizes, plan, provenance and a map of its sub-layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from depthprune_runtime.checkpoint import Checkpoint
+from depthprune_runtime.checkpoint.container import DTYPE_NAMES
+from depthprune_runtime.spec import AttentionSpec, SublayerSpec
+
+
+def _widths(sublayer: SublayerSpec) -> dict[str, int]:
+    if isinstance(sublayer, AttentionSpec):
+        return {
+            "num_heads": sublayer.num_heads,
+            "num_kv_heads": sublayer.num_kv_heads,
+            "head_dim": sublayer.head_dim,
+        }
+    return {"intermediate_size": sublayer.intermediate_size}
+
+
+def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
+    """JSON description. Bytes count the checkpoint's dtype; parameters with and without embeddings."""
+    spec = checkpoint.spec
+    element_size = checkpoint.dtype.itemsize
+    return {
+        "name": checkpoint.name,
+        "dtype": DTYPE_NAMES[checkpoint.dtype],
+        "spec": spec.to_json(),
+        "plan": checkpoint.plan,
+        "provenance": dict(checkpoint.provenance),
+        "parameters": spec.num_parameters(),
+        "parameters_without_embeddings": spec.num_parameters(embeddings=False),
+        "bytes_per_token": spec.bytes_per_token(element_size),
+        "kv_bytes_per_token": spec.kv_bytes_per_token(element_size),
+        "sublayers": [
+            {
+                "index": i,
+                "kind": s.kind,
+                "origin": list(s.origin),
+                "widths": _widths(s),
+                "parameters": spec.sublayer_parameters(i),
+            }
+            for i, s in enumerate(spec.sublayers)
+        ],
+    }
+
+
+def _map_line(kind: str, description: dict[str, Any], depth: int) -> str:
+    """One character a block of the dense parent: `#` kept, `.` gone, a digit where that many share a sub-layer."""
+    line = ["."] * depth
+    for sublayer in description["sublayers"]:
+        if sublayer["kind"] == kind:
+            merged = len(sublayer["origin"])
+            for block in sublayer["origin"]:
+                line[block] = "#" if merged == 1 else str(min(merged, 9))
+    return "".join(line)
+
+
+def render(description: dict[str, Any]) -> str:
+    """Description for people."""
+    plan = description["plan"]
+    spec = description["spec"]
+    depth = description["provenance"]["blocks"]
+    kinds = [s["kind"] for s in description["sublayers"]]
+    lines = [
+        f"{description['name']}: {description['dtype']}, hidden_size {spec['hidden_size']}, "
+        f"vocab_size {spec['vocab_size']}, context {spec['max_position_embeddings']}",
+        f"source      {description['provenance'].get('source')} ({description['provenance'].get('format')}, "
+        f"{description['provenance'].get('family')})",
+        f"sub-layers  {kinds.count('attention')} attention, {kinds.count('ffn')} FFN",
+        f"parameters  {description['parameters']:,} "
+        f"({description['parameters_without_embeddings']:,} without embeddings)",
+        f"per token   {description['bytes_per_token']:,} weight bytes read, "
+        f"{description['kv_bytes_per_token']:,} KV cache bytes written",
+    ]
+    if plan is None:
+        lines.append("plan        none: dense")
+    else:
+        edits = ", ".join(f"{e['kind']} {e['sublayer']}" for e in plan["edits"])
+        lines.append(f"plan        {plan['method']}: {edits or 'no edits'}")
+    lines += [
+        "by block of the parent (# kept, . gone)",
+        f"  attention {_map_line('attention', description, depth)}",
+        f"  ffn       {_map_line('ffn', description, depth)}",
+        "",
+        f"{'#':>4}  {'kind':<10} {'origin':<10} {'parameters':>12}  widths",
+    ]
+    for s in description["sublayers"]:
+        origin = "+".join(map(str, s["origin"]))
+        widths = ", ".join(f"{k} {v}" for k, v in s["widths"].items())
+        lines.append(f"{s['index']:>4}  {s['kind']:<10} {origin:<10} {s['parameters']:>12,}  {widths}")
+    return "\n".join(lines)
