@@ -18,5 +18,5 @@ const char* simd_level() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("simd_level", &simd_level, "Instruction set of the CPU kernels: x86-64-v4 (AVX-512), x86-64-v3 (AVX2) or generic");
+  m.def("simd_level", &simd_level, "The CPU kernels in use: x86-64-v4 (AVX-512), x86-64-v3 (AVX2) or generic");
 }

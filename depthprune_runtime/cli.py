@@ -184,8 +184,8 @@ def _add_prune(commands: Any, common: _Parser) -> None:
         metavar="TEXT",
         help="UTF-8 file, or builtin (English that Python carries; default) or wikitext2",
     )
-    p.add_argument("--samples", type=int, default=32, metavar="N", help="calibration windows (default 32)")
-    p.add_argument("--seq-len", type=int, default=1024, metavar="S", help="tokens in each (default 1024)")
+    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
+    p.add_argument("--seq-len", type=int, default=256, metavar="S", help="tokens in each (default 256)")
     p.add_argument("--seed", type=int, default=0, help="which windows are drawn (default 0)")
     p.add_argument("--score", choices=SCORES, default=SCORES[0], help="how ShortGPT ranks blocks")
     p.add_argument(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_HIDDEN_SIZE = 16384  # of the largest public models; float32 tiles of 32768 spill (REG 64, STACK 40 on sm_90)
+MAX_HIDDEN_SIZE = 16384  # of the largest public models; float32 tiles of 32768 spill 64 bytes (sm_90)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Relative to the largest true magnitude. About a sixteenth of a rounding step in half precision: enough for a
+# Relative to the largest true magnitude. About a thirtieth of a rounding step in half precision: enough for a
 # value that two correct orders of summation round to different neighbours, far less than one wrong rounding.
 ATOL = {torch.float32: 1e-6, torch.float16: 3e-5, torch.bfloat16: 2.5e-4}
 

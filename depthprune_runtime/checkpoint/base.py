@@ -25,9 +25,8 @@ class Checkpoint(abc.ABC):
     """A model: spec, tensors read one by one, and the files around them.
 
     name: for messages; dtype: of all weight tensors; assets: file name -> contents (tokenizer, generation
-    config); provenance: JSON object that says where the weights come from (source, format, family, blocks of the
-    dense model); plan: JSON of the `PrunePlan`
-    that made it, None for a dense model.
+    config); provenance: JSON object that says where the weights come from (source, format, family, blocks of
+    the dense model); plan: JSON of the `PrunePlan` that made it, None for a dense model.
     """
 
     name: str

@@ -1,7 +1,9 @@
 """Our own file: packed tensors, spec, plan, provenance, tokenizer and generation config in one.
 
-`__metadata__` holds three strings: `format` = "depthprune" (a stock loader asks for "pt" and refuses the
-file instead of misreading it), `depthprune` = the JSON below, `checksum` = XXH3-128 of that JSON.
+`__metadata__` holds three strings: `format` = "depthprune", `depthprune` = the JSON below, `checksum` =
+XXH3-128 of that JSON. Beside a config.json a stock Hugging Face loader would take such a file, find none
+of its names and fill a model with random weights; the guard tensor has a name that every such model
+wants and a shape that none accepts, so that it stops instead.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from depthprune_runtime.spec import DecoderSpec
 FORMAT = "depthprune"
 FORMAT_VERSION = 1
 _ASSET_PREFIX = "assets."
+_GUARD_NAME = "model.norm.weight"
+_GUARD_TEXT = b"a depthprune checkpoint: load it with depthprune_runtime.Runtime.load"
 _KEYS = {"format_version", "dtype", "spec", "plan", "provenance", "checksums"}
 
 
@@ -130,6 +134,7 @@ def write_native(
         for name, data in sorted(checkpoint.assets.items())
         if data
     }
+    assets[_GUARD_NAME] = torch.frombuffer(bytearray(_GUARD_TEXT), dtype=torch.uint8)[None]
     entries = [TensorEntry(n, checkpoint.dtype, s) for n, s in checkpoint.spec.tensor_shapes().items()]
     entries += [TensorEntry(n, t.dtype, tuple(t.shape)) for n, t in assets.items()]
 

@@ -97,12 +97,13 @@ class Request:
 
     def take_news(self) -> str:
         """Text not yet handed out; a tail that may become a stop string waits until that is decided."""
-        end = len(self._text)
+        held = 0
         if not self.finished:
             for stop in self.params.stop_strings:
-                longest = min(len(stop) - 1, end)
-                held = next((n for n in range(longest, 0, -1) if self._text.endswith(stop[:n])), 0)
-                end = min(end, len(self._text) - held)
+                longest = min(len(stop) - 1, len(self._text))
+                tail = next((n for n in range(longest, 0, -1) if self._text.endswith(stop[:n])), 0)
+                held = max(held, tail)
+        end = len(self._text) - held
         news = self._text[self._sent : end]
         self._sent = max(self._sent, end)
         return news

@@ -49,7 +49,7 @@ def token_windows(ids: list[int], seq_len: int, windows: int | None) -> Tensor: 
     if available == 0 or wanted > available:
         needed = max(wanted, 1)
         raise InputError(
-            f"text is too short: {needed} windows of {seq_len} tokens need {needed * seq_len:,} tokens, got {len(ids):,}"
+            f"text is too short: {needed} windows of {seq_len} need {needed * seq_len:,} tokens, got {len(ids):,}"
         )
     return torch.tensor(ids[: wanted * seq_len], dtype=torch.int64).view(wanted, seq_len)
 

