@@ -1,0 +1,203 @@
+"""Hugging Face folders, hub ids and GGUF files: the same model from each, and one clear line for bad ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pico
+import pytest
+import torch
+
+from depthprune_runtime import InputError, Runtime
+from depthprune_runtime.checkpoint import open_checkpoint
+
+IDS = list(range(2, 42))
+
+
+def interleave(weight: torch.Tensor, heads: int) -> np.ndarray:
+    """Half-split rotary rows to llama.cpp's interleaved order."""
+    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return rows.transpose(1, 2).reshape(weight.shape).contiguous().numpy()
+
+
+def write_gguf(model, path, quantization=gguf.GGMLQuantizationType.F32, architecture=None, extra=None):
+    """What llama.cpp's converter writes for `model`."""
+    config = model.config
+    arch = architecture or config.model_type
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+    names = {
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+             "lm_head.weight": "output.weight"}  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if name in whole:
+            target, data = whole[name], tensor.numpy()
+        else:
+            _, _, block, rest = name.split(".", 3)
+            part, kind = rest.rsplit(".", 1)
+            target, data = f"blk.{block}.{names[part]}.{kind}", tensor.numpy()
+            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(names[part])
+            if heads and arch == "llama":
+                data = interleave(tensor, heads)
+        if data.ndim > 1 and quantization != gguf.GGMLQuantizationType.F32:
+            data = gguf.quants.quantize(data, quantization)
+            writer.add_tensor(target, data, raw_dtype=quantization)
+        else:
+            writer.add_tensor(target, data)
+    for name, data in (extra or {}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def runtime_without_tokenizer(path, dtype, monkeypatch) -> Runtime:
+    """The pico GGUF files carry no vocabulary."""
+    from depthprune_runtime.checkpoint import gguf as module
+
+    monkeypatch.setattr(module, "tokenizer_assets", lambda *_, **__: {})
+    return Runtime.load(path, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gguf_logits_equal_transformers(family, tied, tmp_path, monkeypatch):
+    model = pico.build_model(
+        family, tie_word_embeddings=tied, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
+    )
+    runtime = runtime_without_tokenizer(write_gguf(model, tmp_path / "m.gguf"), "float32", monkeypatch)
+    with torch.no_grad():
+        theirs = model(torch.tensor([IDS])).logits[0]
+    assert float((runtime.logits(IDS) - theirs).norm() / theirs.norm()) <= 1e-5
+    assert runtime.spec.tie_word_embeddings == tied
+
+
+def test_gguf_rope_factors_are_llama3_scaling(tmp_path, monkeypatch):
+    from depthprune_runtime.model.rope import inverse_frequencies
+    from depthprune_runtime.spec import RopeSpec
+
+    rope = RopeSpec(kind="llama3", factor=8.0, original_max_position_embeddings=64)
+    factors = inverse_frequencies(RopeSpec(), 16) / inverse_frequencies(rope, 16)
+    parameters = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    model = pico.build_model("llama", rope_parameters=parameters)
+    path = write_gguf(model, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors.float().numpy()})
+    runtime = runtime_without_tokenizer(path, "float32", monkeypatch)
+    with torch.no_grad():
+        theirs = model(torch.tensor([IDS])).logits[0]
+    assert runtime.spec.rope.kind == "factors"
+    assert float((runtime.logits(IDS) - theirs).norm() / theirs.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "F16", "BF16"])
+def test_gguf_is_dequantised_as_the_gguf_package_does(name, tmp_path, monkeypatch):
+    quantization = gguf.GGMLQuantizationType[name]
+    model = pico.build_model(
+        "llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=2, intermediate_size=96
+    )
+    path = write_gguf(model, tmp_path / "m.gguf", quantization)
+    weight = model.model.layers[1].mlp.down_proj.weight.detach().numpy()
+    expected = gguf.quants.dequantize(gguf.quants.quantize(weight, quantization), quantization)
+    checkpoint = open_checkpoint(path, torch.float32)
+    assert np.array_equal(checkpoint.tensor("sublayers.3.down_proj.weight").numpy(), expected)
+    assert open_checkpoint(path).dtype == torch.bfloat16
+    assert name in checkpoint.provenance["dequantized_from"]
+
+
+def test_bad_gguf_files(tmp_path):
+    model = pico.build_model("llama")
+    path = write_gguf(model, tmp_path / "m.gguf")
+    data = path.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="truncated, damaged"):
+        open_checkpoint(tmp_path / "cut.gguf")
+    write_gguf(model, tmp_path / "other.gguf", architecture="gemma")
+    with pytest.raises(InputError, match=r"expected one of .* got 'gemma'"):
+        open_checkpoint(tmp_path / "other.gguf")
+
+
+def test_a_hub_id_is_downloaded(pico_llama, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda r, **_: asked.append(r) or str(pico_llama[1]))
+    checkpoint = open_checkpoint("some-org/some-model")
+    assert asked == ["some-org/some-model"]
+    assert (checkpoint.name, checkpoint.provenance["source"]) == ("some-org/some-model",) * 2
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nlong story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match="not to be had from the hub: no connection") as error:
+        open_checkpoint("some-org/some-model")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def folder(pico_llama, tmp_path):
+    return shutil.copytree(pico_llama[1], tmp_path / "model")
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: change_config(f, model_type="gemma3"), "expected one of .*llama.* got 'gemma3'"),
+        (lambda f: change_config(f, hidden_act="gelu"), "hidden_act: expected 'silu', got 'gelu'"),
+        (lambda f: change_config(f, mlp_bias=True), "mlp_bias"),
+        (lambda f: change_config(f, quantization_config={"bits": 4}), "quantized weights"),
+        (lambda f: change_config(f, hidden_size="wide"), "refused by Transformers|hidden_size"),
+        (lambda f: change_config(f, intermediate_size=81), "gate_up_proj.weight: expected shape"),
+        (lambda f: change_config(f, num_hidden_layers=7), r"model\.layers\.6\..* is missing"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "damaged or not a safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-7]), "truncated"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}'), "shards are missing"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not a weight index"),
+    ],
+)
+def test_bad_folders_are_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message) as error:
+        Runtime.load(folder, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_paths():
+    for name in ("nowhere.safetensors", "/nowhere/at/all", "a b"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            open_checkpoint(name)
