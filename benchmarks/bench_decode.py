@@ -3,7 +3,7 @@
     python benchmarks/bench_decode.py WEIGHTS.gguf [--rounds 7] [--tokens 64] [--json] [--no-record]
 
 Every round runs each candidate once, in turn; medians and ratios are over rounds. Both sides decode the
-same number of tokens greedily from the same prompt, bf16, all threads.
+same number of tokens greedily from the same prompt, bf16, all threads. Both sides load from safetensors.
 """
 
 from __future__ import annotations
@@ -21,15 +21,26 @@ from depthprune_runtime import Runtime, SamplingParams, import_model, prune
 from depthprune_runtime.texts import load_text
 
 
-def transformers_model(weights: Path) -> Any:
+def save_for_transformers(weights: Path, folder: Path) -> None:
+    """The same bf16 weights as a Hugging Face folder."""
+    import transformers
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    return AutoModelForCausalLM.from_pretrained(
+    transformers.utils.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
         weights.parent,
         gguf_file=weights.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
-    ).eval()
+    )
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+
+
+def transformers_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
 def ours(runtime: Runtime, prompts: list[list[int]], tokens: int) -> Callable[[], None]:
@@ -72,7 +83,9 @@ def main() -> None:
         dense, pruned = Path(folder) / "dense.safetensors", Path(folder) / "pruned.safetensors"
         import_model(args.weights, dense)
         prune(dense, pruned, blocks=6)
-        rows = measure(args, Runtime.load(dense), Runtime.load(pruned), dense)
+        peer = Path(folder) / "transformers"
+        save_for_transformers(args.weights, peer)
+        rows = measure(args, peer, Runtime.load(dense), Runtime.load(pruned), dense)
     if not args.no_record:
         append_rows("decode_cpu", rows)
     if args.json:
@@ -80,13 +93,16 @@ def main() -> None:
         return
     for row in rows:
         print(
-            f"{row['case']:<22} {row['candidate']:<22} {row['median_s']:>8.3f} s [{row['q1_s']:.3f} .. {row['q3_s']:.3f}] "
+            f"{row['case']:<16} {row['candidate']:<23} {row['median_s']:>7.3f} s "
+            f"[{row['q1_s']:.3f} .. {row['q3_s']:.3f}] "
             f"{row['tokens_per_s']:>8.1f} tok/s  {row['speedup_over_transformers']:>5.2f}x Transformers"
         )
 
 
-def measure(args: argparse.Namespace, dense: Runtime, pruned: Runtime, dense_file: Path) -> list[dict[str, Any]]:
-    model = transformers_model(args.weights)
+def measure(
+    args: argparse.Namespace, peer: Path, dense: Runtime, pruned: Runtime, dense_file: Path
+) -> list[dict[str, Any]]:
+    model = transformers_model(peer)
     assert dense.tokenizer is not None
     ids = dense.tokenizer.encode(load_text("builtin-test"))
     cases = {  # name -> prompts, new tokens
@@ -121,14 +137,14 @@ def measure(args: argparse.Namespace, dense: Runtime, pruned: Runtime, dense_fil
                     **place,
                 }
             )
-    return rows + load_rows(args, dense_file, place)
+    return rows + load_rows(args, peer, dense_file, place)
 
 
-def load_rows(args: argparse.Namespace, dense_file: Path, place: dict[str, str]) -> list[dict[str, Any]]:
-    """Warm load time with and without verifying the checksums; tokens are the file's bytes here."""
+def load_rows(args: argparse.Namespace, peer: Path, dense_file: Path, place: dict[str, str]) -> list[dict[str, Any]]:
+    """Warm load time with and without verifying the checksums."""
     seconds = interleaved(
         {
-            "transformers dense": lambda: transformers_model(args.weights),
+            "transformers dense": lambda: transformers_model(peer),
             "ours dense": lambda: Runtime.load(dense_file),
             "ours dense, unverified": lambda: Runtime.load(dense_file, verify=False),
         },
