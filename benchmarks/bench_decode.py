@@ -33,7 +33,6 @@ def save_for_transformers(weights: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    del model.config.quantization_config
     model.save_pretrained(folder)
 
 
