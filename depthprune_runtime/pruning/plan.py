@@ -1,34 +1,76 @@
 """`PrunePlan`: what a pruning method decided, as pure data in the parent's numbering.
 
-Decide, then do: a plan is known before any tensor is touched, is stored in the checkpoint, and one
-function (`surgery.apply_plan`) carries it out. Sub-layers are always numbered as in the parent, also
-when earlier edits removed some: lists that shift under removal are a classic defect of pruning scripts.
+Decide, then do: a plan is complete before a tensor is written, is stored in the checkpoint, and one function
+(`surgery.layout`) says what it makes. Sub-layers are always numbered as in the parent, also when earlier
+edits removed some: lists that shift under removal are a classic defect of pruning scripts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.spec import DecoderSpec, from_fields
+
+
+def _indices(owner: str, name: str, values: object) -> None:
+    """Strictly rising integers >= 0."""
+    listed = values if isinstance(values, tuple) else ()
+    good = bool(listed) and all(isinstance(v, int) and not isinstance(v, bool) for v in listed)
+    if not good or listed[0] < 0 or any(a >= b for a, b in itertools.pairwise(listed)):
+        raise InputError(f"{owner}.{name}: expected strictly rising integers >= 0, got {values!r}")
 
 
 @dataclass(frozen=True)
 class Drop:
     """Remove one sub-layer: the residual stream passes through."""
 
-    kind: ClassVar[str] = "drop"
+    kind: ClassVar[Literal["drop"]] = "drop"
     sublayer: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sublayer, int) or isinstance(self.sublayer, bool) or self.sublayer < 0:
-            raise InputError(f"drop.sublayer: expected an integer >= 0, got {self.sublayer!r}")
+        _indices("drop", "sublayer", (self.sublayer,))
 
 
-Edit = Drop
-_EDIT_TYPES: dict[str, type[Edit]] = {"drop": Drop}
+@dataclass(frozen=True)
+class Flatten:
+    """Merge neighbouring blocks side by side: one wide attention, then one concatenated FFN."""
+
+    kind: ClassVar[Literal["flatten"]] = "flatten"
+    blocks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _indices("flatten", "blocks", self.blocks)
+        if len(self.blocks) < 2 or self.blocks[-1] - self.blocks[0] != len(self.blocks) - 1:
+            raise InputError(f"flatten.blocks: expected two or more neighbours, got {list(self.blocks)}")
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Keep only some KV groups of an attention, or some channels of an FFN.
+
+    sublayer: the parent's sub-layer, of a merged block the first; keep: indices into the concatenated KV
+    groups or channels.
+    """
+
+    kind: ClassVar[Literal["narrow"]] = "narrow"
+    sublayer: int
+    keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _indices("narrow", "sublayer", (self.sublayer,))
+        _indices("narrow", "keep", self.keep)
+
+
+Edit = Drop | Flatten | Narrow
+_EDIT_TYPES: dict[str, type[Drop] | type[Flatten] | type[Narrow]] = {
+    "drop": Drop,
+    "flatten": Flatten,
+    "narrow": Narrow,
+}
 
 
 @dataclass(frozen=True)
@@ -46,19 +88,38 @@ class PrunePlan:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def dropped(self) -> frozenset[int]:
-        return frozenset(e.sublayer for e in self.edits)
+        return frozenset(e.sublayer for e in self.edits if isinstance(e, Drop))
+
+    def flattened(self) -> tuple[Flatten, ...]:
+        return tuple(e for e in self.edits if isinstance(e, Flatten))
+
+    def narrowed(self) -> dict[int, tuple[int, ...]]:
+        return {e.sublayer: e.keep for e in self.edits if isinstance(e, Narrow)}
 
     def check(self, parent: DecoderSpec) -> None:
         """Refuse a plan that does not fit `parent`."""
-        seen: set[int] = set()
+        count = len(parent.sublayers)
+        taken: set[int] = set()
+
+        def take(sublayer: int, what: str) -> None:
+            if not 0 <= sublayer < count:
+                raise InputError(f"plan: {what} of sub-layer {sublayer}, but the parent has {count} sub-layers")
+            if sublayer in taken:
+                raise InputError(f"plan: sub-layer {sublayer} is dropped twice or both dropped and merged")
+            taken.add(sublayer)
+
+        narrowed = [e.sublayer for e in self.edits if isinstance(e, Narrow)]
         for edit in self.edits:
-            if not 0 <= edit.sublayer < len(parent.sublayers):
-                raise InputError(
-                    f"plan: drop of sub-layer {edit.sublayer}, but the parent has {len(parent.sublayers)} sub-layers"
-                )
-            if edit.sublayer in seen:
-                raise InputError(f"plan: sub-layer {edit.sublayer} is dropped twice")
-            seen.add(edit.sublayer)
+            if isinstance(edit, Drop):
+                take(edit.sublayer, "drop")
+            elif isinstance(edit, Flatten):
+                if parent.blocks() is None:
+                    raise InputError("plan: flatten needs a parent of whole blocks (attention, then FFN)")
+                for block in edit.blocks:
+                    take(2 * block, "flatten")
+                    take(2 * block + 1, "flatten")
+            elif not edit.sublayer < count or narrowed.count(edit.sublayer) > 1:
+                raise InputError(f"plan: sub-layer {edit.sublayer} is narrowed twice, or not in the parent")
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -67,7 +128,7 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, data: object) -> PrunePlan:
-        if not isinstance(data, dict) or not isinstance(data.get("edits"), list):
+        if not isinstance(data, dict) or not isinstance(data.get("edits"), list | tuple):
             raise InputError("plan: expected a JSON object with a list of edits")
         edits = []
         for i, edit in enumerate(data["edits"]):

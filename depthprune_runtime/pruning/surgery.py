@@ -7,49 +7,99 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.pruning import merging
 from depthprune_runtime.pruning.plan import PrunePlan
-from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, SublayerSpec
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sub-layer of the student: the parent's sub-layers merged into it, and the units it keeps of them.
+
+    keep: indices of KV groups or channels in concatenation order; None keeps all.
+    """
+
+    sources: tuple[int, ...]
+    keep: tuple[int, ...] | None = None
+
+
+def layout(parent: DecoderSpec, plan: PrunePlan) -> tuple[Piece, ...]:
+    """The student's sub-layers in order, in the parent's numbering."""
+    plan.check(parent)
+    dropped, narrowed = plan.dropped(), plan.narrowed()
+    groups = {e.blocks[0]: e.blocks for e in plan.flattened()}
+    inside = {2 * b + half for blocks in groups.values() for b in blocks for half in (0, 1)}
+    pieces: list[Piece] = []
+    for i in range(len(parent.sublayers)):
+        if i in inside:
+            blocks = groups.get(i // 2)
+            if blocks is not None and i % 2 == 0:
+                pieces += [Piece(tuple(2 * b + half for b in blocks), narrowed.get(i + half)) for half in (0, 1)]
+        elif i not in dropped:
+            pieces.append(Piece((i,), narrowed.get(i)))
+    if not pieces:
+        raise InputError("plan: it drops every sub-layer")
+    used = {p.sources[0] for p in pieces}
+    if unused := sorted(set(narrowed) - used):
+        raise InputError(f"plan: sub-layers {unused} are narrowed but do not begin a sub-layer that stays")
+    return tuple(pieces)
+
+
+def piece_spec(parent: DecoderSpec, piece: Piece) -> SublayerSpec:
+    """Spec of one student sub-layer. Raises InputError where its sources cannot merge."""
+    sources = [parent.sublayers[i] for i in piece.sources]
+    merged = merging.merged_spec(sources)
+    if piece.keep is None:
+        return merged
+    available = merged.num_kv_heads if isinstance(merged, AttentionSpec) else merged.intermediate_size
+    if piece.keep[-1] >= available:
+        raise InputError(f"plan: sub-layer {piece.sources[0]} keeps unit {piece.keep[-1]} of {available}")
+    return merging.narrowed_spec(merged, len(piece.keep))
 
 
 def pruned_spec(parent: DecoderSpec, plan: PrunePlan) -> DecoderSpec:
     """Spec of the model that `plan` leaves of `parent`."""
-    plan.check(parent)
-    dropped = plan.dropped()
-    kept = tuple(s for i, s in enumerate(parent.sublayers) if i not in dropped)
-    if not kept:
-        raise InputError("plan: it drops every sub-layer")
-    return dataclasses.replace(parent, sublayers=kept)
+    return dataclasses.replace(parent, sublayers=tuple(piece_spec(parent, p) for p in layout(parent, plan)))
 
 
 class PrunedCheckpoint(Checkpoint):
-    """What `plan` leaves of `parent`, as a checkpoint of its own."""
+    """What `plan` leaves of `parent`, as a checkpoint of its own.
 
-    def __init__(self, parent: Checkpoint, plan: PrunePlan) -> None:
+    replaced: output projections (and their biases) that a repair solved anew, by student tensor name.
+    """
+
+    def __init__(self, parent: Checkpoint, plan: PrunePlan, replaced: Mapping[str, Tensor] | None = None) -> None:
         if parent.plan is not None:
             raise InputError(
                 f"{parent.name}: expected a dense model, got one already pruned by {parent.plan.get('method')}; "
                 "prune its dense parent"
             )
         self.name = f"{parent.name} pruned by {plan.method}"
+        self.pieces = layout(parent.spec, plan)
         self.spec = pruned_spec(parent.spec, plan)
         self.dtype = parent.dtype
         self.plan = plan.to_json()
         self.provenance = parent.provenance
         self._parent = parent
-        dropped = plan.dropped()
-        self._origin = [i for i in range(len(parent.spec.sublayers)) if i not in dropped]
+        self._replaced = dict(replaced or {})
 
     @property
     def assets(self) -> Mapping[str, bytes]:
         return self._parent.assets
 
     def tensor(self, name: str) -> Tensor:
+        if name in self._replaced:
+            return self._replaced[name].to(self.dtype)
         if not name.startswith("sublayers."):
             return self._parent.tensor(name)
         _, index, short = name.split(".", 2)
-        return self._parent.tensor(f"sublayers.{self._origin[int(index)]}.{short}")
+        piece = self.pieces[int(index)]
+        if len(piece.sources) == 1 and piece.keep is None:
+            return self._parent.tensor(f"sublayers.{piece.sources[0]}.{short}")
+        return merging.merged_tensor(self._parent, piece.sources, piece.keep, short).to(self.dtype)

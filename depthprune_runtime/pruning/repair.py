@@ -1,0 +1,71 @@
+"""Repair: re-solve output projections in closed form, so that the student meets the teacher again.
+
+    W = W0 + argmin_D  sum_t w_t |z_t (W0 + D)' - r_t|^2 + lam mean(diag G) |D|^2
+
+z_t: inner activations of the student's sub-layer (heads' outputs, or psi); r_t: the teacher's hidden state at
+the same point minus the student's residual stream before this sub-layer; w_t: weight of the token. Only
+G = sum w z'z and B = sum w z'r are needed, accumulated in one pass. No gradients.
+
+Token weights `rms` are 1 / mean(target_t^2): the next norm divides by that size, so an error counts relative to
+it. Without them a few tokens with massive activations decide the solution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.pruning.walk import Visit
+
+Weighting = Literal["none", "rms"]
+
+
+@dataclass
+class Moments:
+    """Weighted second moments of one sub-layer over all calibration tokens, divided by their number."""
+
+    gram: Tensor  # [W, W] float32: z'z
+    cross: Tensor  # [W, C] float32: z'r
+
+
+def token_weights(target: Tensor, weighting: Weighting) -> Tensor | None:  # [T, C] -> [T, 1]
+    if weighting == "none":
+        return None
+    return target.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
+
+
+def accumulate(visit: Visit, weighting: Weighting) -> Moments:
+    """One pass over the tokens that enter `visit`'s sub-layer."""
+    moments: Moments | None = None
+    tokens = 0
+    for b in range(len(visit.states)):
+        states, target = visit.states.batch(b), visit.target.batch(b)
+        inner = visit.inner(b).float()
+        residual = target - states
+        weights = token_weights(target, weighting)
+        weighted = inner if weights is None else inner * weights
+        if moments is None:
+            width, hidden = inner.shape[1], residual.shape[1]
+            moments = Moments(inner.new_zeros(width, width), inner.new_zeros(width, hidden))
+        moments.gram.addmm_(weighted.T, inner)
+        moments.cross.addmm_(weighted.T, residual)
+        tokens += inner.shape[0]
+    assert moments is not None
+    moments.gram /= tokens
+    moments.cross /= tokens
+    return moments
+
+
+def solve(moments: Moments, initial: Tensor, columns: Tensor | None, lam: float) -> Tensor:  # [C, k] -> [C, k]
+    """Repaired projection over the kept `columns` (None: all), ridge toward `initial`, float64."""
+    gram = moments.gram if columns is None else moments.gram[columns][:, columns]
+    cross = moments.cross if columns is None else moments.cross[columns]
+    system = gram.double()
+    start = initial.double()
+    right = cross.double() - system @ start.T
+    system.diagonal().add_(lam * float(system.diagonal().mean()) + 1e-30)
+    factor = torch.linalg.cholesky(system)
+    return start + torch.cholesky_solve(right, factor).T

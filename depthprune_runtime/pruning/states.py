@@ -1,0 +1,58 @@
+"""`TokenStates`: hidden states of all calibration tokens, in memory or, above a limit, in an unlinked file.
+
+A mapped file's pages are not anonymous memory: the system can write them back and take them at any time.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MEMORY_LIMIT = 512 * 1024 * 1024  # bytes a buffer may take before it goes to disk
+
+
+def scratch_tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, limit: int | None = None
+) -> Tensor:
+    """Uninitialised tensor of `shape`; on a CPU and above `limit` bytes (default MEMORY_LIMIT) backed by a file."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes <= (MEMORY_LIMIT if limit is None else limit):
+        return torch.empty(shape, dtype=dtype, device=device)
+    with tempfile.NamedTemporaryFile(prefix="depthprune-", suffix=".states") as file:
+        file.truncate(nbytes)
+        # shared, so that the pages belong to the file; the mapping outlives its name
+        flat = torch.from_file(str(Path(file.name)), shared=True, size=math.prod(shape), dtype=dtype)
+    return flat.view(shape)
+
+
+class TokenStates:
+    """[N, S, width] values, handled in batches of whole windows."""
+
+    def __init__(
+        self,
+        windows: int,
+        seq_len: int,
+        width: int,
+        device: torch.device,
+        batch_tokens: int = 4096,
+        dtype: torch.dtype = torch.float32,
+        limit: int | None = None,
+    ) -> None:
+        self.values = scratch_tensor((windows, seq_len, width), dtype, device, limit)
+        self.seq_len = seq_len
+        self._per_batch = max(1, batch_tokens // seq_len)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return math.ceil(self.values.shape[0] / self._per_batch)
+
+    def batch(self, index: int) -> Tensor:  # [n * S, width], a view
+        first = index * self._per_batch
+        return self.values[first : first + self._per_batch].flatten(0, 1)
+
+    def copy_from(self, other: TokenStates) -> None:
+        self.values.copy_(other.values)

@@ -1,0 +1,177 @@
+"""The walk: dense teacher and pruned student side by side, sub-layer by sub-layer, over the calibration tokens.
+
+At any time one sub-layer of each is in memory, and the hidden states of the tokens (float32; on disk above
+a limit). Methods that need the student's own statistics (narrowing, repair) are visitors of this walk.
+
+Where the student has been pruned, its sub-layer j answers for a set of the teacher's sub-layers: those
+merged into it, and those dropped next to it. Its target is what the teacher's residual stream holds after
+all sub-layers answered for so far:
+
+    target_j = embedding + sum over answered i of o_i        o_i = the teacher's output of sub-layer i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from depthprune_runtime import ops
+from depthprune_runtime.checkpoint import Checkpoint
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.model.batch import packed
+from depthprune_runtime.model.decoder import SublayerLoader
+from depthprune_runtime.model.sublayers import Sublayer
+from depthprune_runtime.pruning.states import TokenStates
+from depthprune_runtime.pruning.surgery import Piece, PrunedCheckpoint
+
+AnswersFor = Literal["before", "after"]  # a dropped sub-layer is answered for by the one kept before or after it
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch in which the teacher runs sub-layers `teacher`, in its order, and the student those in `pieces`.
+
+    answered[k]: the teacher's sub-layers that the student's first k + 1 pieces of the segment answer for.
+    """
+
+    teacher: tuple[int, ...]
+    pieces: tuple[int, ...]
+    answered: tuple[frozenset[int], ...]
+
+
+def segments(pieces: Sequence[Piece], count: int, answers_for: AnswersFor) -> list[Segment]:
+    """Cut teacher (`count` sub-layers) and student (`pieces`) into segments that end at the same point."""
+    kept = {i for p in pieces for i in p.sources}
+    found: list[Segment] = []
+    begin = 0  # next teacher sub-layer
+    k = 0
+    while k < len(pieces):
+        group = [k]  # pieces of one flatten interleave in the teacher's order, so they share a segment
+        while k + 1 < len(pieces) and pieces[k + 1].sources[0] < pieces[k].sources[-1]:
+            k += 1
+            group.append(k)
+        last = max(i for g in group for i in pieces[g].sources)
+        end = last + 1
+        if answers_for == "before":
+            while end < count and end not in kept:
+                end += 1
+        if group[-1] == len(pieces) - 1:
+            end = count  # whatever was dropped at the end is answered for by the last piece
+        stretch = range(begin, end)
+        answered: list[frozenset[int]] = []
+        covered = {i for i in stretch if i not in kept and i < min(pieces[group[0]].sources)}
+        for g in group:
+            covered |= set(pieces[g].sources)
+            answered.append(frozenset(covered if g != group[-1] else stretch))
+        found.append(Segment(tuple(stretch), tuple(group), tuple(answered)))
+        begin = end
+        k += 1
+    return found
+
+
+@dataclass
+class Visit:
+    """One student sub-layer as a visitor meets it.
+
+    states: the student's residual stream entering it; target: what the teacher holds at the same point.
+    """
+
+    index: int
+    piece: Piece
+    sublayer: Sublayer
+    states: TokenStates
+    target: TokenStates
+    walk: Walk
+
+    def inner(self, batch: int) -> Tensor:  # [n * S, units * width]
+        """Inner activations of one batch in the student: the heads' outputs, or psi."""
+        return self.walk.inner(self.sublayer, self.states.batch(batch))
+
+
+Visitor = Callable[[Visit], Sublayer]
+"""Looks at a sub-layer and returns the one that the student goes on with."""
+
+
+class Walk:
+    """Runs teacher and student over `windows` [N, S] and calls `visitor` for every student sub-layer.
+
+    student: the wide student (merged but not narrowed); dtype: of the sub-layers' arithmetic.
+    """
+
+    def __init__(
+        self,
+        teacher: Checkpoint,
+        student: PrunedCheckpoint,
+        windows: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        answers_for: AnswersFor = "before",
+    ) -> None:
+        count, seq_len = windows.shape
+        context = teacher.spec.max_position_embeddings
+        if seq_len > context:
+            raise InputError(f"seq_len: expected at most the model's context of {context}, got {seq_len}")
+        self._windows = windows
+        self._teacher = SublayerLoader(teacher.spec, teacher.tensor, device, dtype)
+        self._student = SublayerLoader(student.spec, student.tensor, device, dtype)
+        self._pieces = student.pieces
+        self._segments = segments(student.pieces, len(teacher.spec.sublayers), answers_for)
+        self._eps = teacher.spec.rms_norm_eps
+        self._shape = (count, seq_len, teacher.spec.hidden_size)
+        self._device = device
+        self._dtype = dtype
+
+    @property
+    def steps(self) -> int:
+        return len(self._pieces)
+
+    def _states(self) -> TokenStates:
+        return TokenStates(*self._shape, self._device)
+
+    def inner(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] float32 -> [n * S, width]
+        hidden = ops.rms_norm(states, sublayer.norm.float(), self._eps).to(self._dtype)
+        batch = packed([self._shape[1]] * (states.shape[0] // self._shape[1]), self._device)
+        return sublayer.inner(hidden, batch)
+
+    def _run(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] -> [n * S, C] float32
+        return sublayer.project(self.inner(sublayer, states)).float()
+
+    def _advance_teacher(self, segment: Segment, teacher: TokenStates, targets: Sequence[TokenStates]) -> None:
+        """Run the segment's teacher sub-layers; targets[k] = start + outputs answered for after piece k."""
+        for target in targets:
+            target.copy_from(teacher)
+        for i in segment.teacher:
+            sublayer = self._teacher.sublayer(i)
+            for b in range(len(teacher)):
+                states = teacher.batch(b)
+                out = self._run(sublayer, states)
+                states += out
+                for target, answered in zip(targets, segment.answered, strict=False):
+                    if i in answered:
+                        target.batch(b).add_(out)
+
+    def run(self, visitor: Visitor, advance: Callable[[], None] = lambda: None) -> None:
+        """Walk to the end."""
+        teacher, student = self._states(), self._states()
+        table = self._teacher.tensor("embed_tokens.weight")
+        for n, window in enumerate(self._windows):
+            teacher.values[n] = embedding(window.to(self._device), table).float()
+        del table
+        student.copy_from(teacher)
+        extra = [self._states() for _ in range(max(len(s.pieces) for s in self._segments) - 1)]
+        for segment in self._segments:
+            targets = extra[: len(segment.pieces) - 1]
+            self._advance_teacher(segment, teacher, targets)
+            for k, index in enumerate(segment.pieces):
+                target = targets[k] if k < len(targets) else teacher  # the last one ends where the teacher is
+                visit = Visit(index, self._pieces[index], self._student.sublayer(index), student, target, self)
+                sublayer = visitor(visit)
+                for b in range(len(student)):
+                    states = student.batch(b)
+                    states += self._run(sublayer, states)
+                advance()
