@@ -39,34 +39,67 @@ def _summary(parent: Any, spec: Any) -> dict[str, Any]:
     }
 
 
+# Options of single methods: command-line name -> field of the method's options.
+_METHOD_OPTIONS = {
+    "score": "score",
+    "protect_last": "protect_last",
+    "distance": "distance",
+    "front_protection": "front_protection",
+    "fast": "fast",
+    "state": "state_file",
+    "pairs_only": "pairs_only",
+    "keep_width": "keep_width",
+    "compensate": "compensate",
+    "leverage_lam": "leverage_lam",
+}
+
+
+def _repair_choice(args: argparse.Namespace) -> Any:
+    from depthprune_runtime.pruning.options import RepairOptions
+
+    given = {
+        "lam": args.repair_lam,
+        "weighting": args.repair_weighting,
+        "answers_for": args.repair_answers_for,
+        "samples": args.repair_samples,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.repair == "none" and given:
+        raise InputError(f"repair: none takes no options, got {', '.join(given)}")
+    return "none" if args.repair == "none" else RepairOptions(**given)
+
+
 def _prune(args: argparse.Namespace) -> None:
     from depthprune_runtime.pruning.prune import prune
 
+    options = {field: getattr(args, name) for name, field in _METHOD_OPTIONS.items()}
     result = prune(
         args.model,
         args.output,
         args.method,
         blocks=args.blocks,
+        sublayers=args.sublayers,
         sparsity=args.sparsity,
+        repair=_repair_choice(args),
         calibration=args.calibration,
         samples=args.samples,
         seq_len=args.seq_len,
         seed=args.seed,
-        score=args.score,
-        protect_last=args.protect_last,
         device=args.device,
         dtype=args.dtype,
         progress=_progress(args),
+        **{field: value for field, value in options.items() if value is not None},
     )
     summary = _summary(result.parent, result.spec)
     if args.json:
         _print_json({"output": str(result.path), **summary, "plan": result.plan.to_json()})
         return
-    gone = sorted({result.parent.sublayers[i].origin[0] for i in result.plan.dropped()})
+    counts = {kind: sum(e.kind == kind for e in result.plan.edits) for kind in ("drop", "flatten", "narrow")}
+    did = ", ".join(f"{kind} {n}" for kind, n in counts.items() if n) or "nothing"
     print(
-        f"{result.path}: {args.method} dropped blocks {gone}; {summary['sublayers']} of "
-        f"{summary['parent_sublayers']} sub-layers and {summary['parameters']:,} of {summary['parent_parameters']:,} "
-        f"parameters left (sparsity {result.sparsity:.1%}, embeddings included)"
+        f"{result.path}: {args.method} ({did}); {summary['sublayers']} of {summary['parent_sublayers']} sub-layers and "
+        f"{summary['parameters']:,} of {summary['parent_parameters']:,} parameters left "
+        f"(sparsity {result.sparsity:.1%}, embeddings included)"
     )
 
 
@@ -154,6 +187,17 @@ def _perplexity(args: argparse.Namespace) -> None:
         )
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    from depthprune_runtime.evaluation.tasks import evaluate, render
+
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    results = evaluate(_load(args), names, args.limit, args.batch_tokens, _progress(args))
+    if args.json:
+        _print_json([result.to_json() for result in results])
+    else:
+        print(render(results))
+
+
 class _Parser(argparse.ArgumentParser):
     """One line for a usage error, as for every other one."""
 
@@ -167,14 +211,15 @@ def _add_placement(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_prune(commands: Any, common: _Parser) -> None:
-    from depthprune_runtime.pruning.names import METHODS, SCORES
+    from depthprune_runtime.pruning.names import METHODS, REPAIRS
 
     p = commands.add_parser("prune", parents=[common], help="make a dense model shallower, without training")
     p.add_argument("model", metavar="MODEL", help="our file, a Hugging Face folder or hub id, or a GGUF file")
     p.add_argument("-o", "--output", required=True, metavar="FILE", help="the pruned, self-contained file")
     p.add_argument("--method", choices=METHODS, default="shortgpt")
     size = p.add_mutually_exclusive_group(required=True)
-    size.add_argument("--blocks", type=int, metavar="N", help="blocks to remove")
+    size.add_argument("--blocks", type=int, metavar="N", help="N blocks fewer (finercut: their parameters)")
+    size.add_argument("--sublayers", type=int, metavar="N", help="finercut: sub-layers to drop")
     size.add_argument(
         "--sparsity", type=float, metavar="R", help="least share of parameters to remove, embeddings included"
     )
@@ -184,18 +229,42 @@ def _add_prune(commands: Any, common: _Parser) -> None:
         metavar="TEXT",
         help="UTF-8 file, or builtin (English that Python carries; default) or wikitext2",
     )
-    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
-    p.add_argument("--seq-len", type=int, default=256, metavar="S", help="tokens in each (default 256)")
+    p.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: what suits the method)")
+    p.add_argument("--seq-len", type=int, metavar="S", help="tokens in each (default: what suits the method)")
     p.add_argument("--seed", type=int, default=0, help="which windows are drawn (default 0)")
-    p.add_argument("--score", choices=SCORES, default=SCORES[0], help="how ShortGPT ranks blocks")
     p.add_argument(
-        "--protect-last",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="never drop the last block, as the official ShortGPT script in effect does (default on)",
+        "--repair", choices=REPAIRS, default="ridge", help="closed-form repair of what stays (default ridge)"
     )
     _add_placement(p, "of the output")
+    _add_method_options(p)
     p.set_defaults(run=_prune)
+
+
+def _add_method_options(p: argparse.ArgumentParser) -> None:
+    from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, SCORES, WEIGHTINGS
+
+    yes_or_no = argparse.BooleanOptionalAction
+    g = p.add_argument_group("shortgpt")
+    g.add_argument("--score", choices=SCORES, help=f"how blocks are ranked (default {SCORES[0]})")
+    g.add_argument("--protect-last", action=yes_or_no, default=None, help="never drop the last block (default on)")
+    g = p.add_argument_group("finercut")
+    g.add_argument("--distance", choices=DISTANCES, help=f"between dense and pruned outputs (default {DISTANCES[0]})")
+    g.add_argument("--front-protection", type=float, metavar="P", help="share of the front that goes last (0.4)")
+    g.add_argument("--fast", action="store_true", default=None, help="re-score only the most promising candidates")
+    g.add_argument("--state", metavar="FILE", help="save the search here after every step, and resume it from here")
+    g = p.add_argument_group("flattengpt")
+    g.add_argument("--pairs-only", action="store_true", default=None, help="merge no more than two blocks")
+    g.add_argument("--keep-width", type=float, metavar="R", help="0: original width (default), 1: as wide as merged")
+    g.add_argument("--no-narrow", dest="keep_width", action="store_const", const=1.0, help="the same as --keep-width 1")
+    g.add_argument(
+        "--compensate", action=yes_or_no, default=None, help="re-solve down_proj for lost channels (default)"
+    )
+    g.add_argument("--leverage-lam", type=float, metavar="L", help="ridge of channel scores, relative (default 10)")
+    g = p.add_argument_group("repair")
+    g.add_argument("--repair-lam", type=float, metavar="L", help="ridge, relative to the mean of the Gram diagonal")
+    g.add_argument("--repair-weighting", choices=WEIGHTINGS, help="of the tokens")
+    g.add_argument("--repair-answers-for", choices=ANSWERS, help="who answers for a dropped sub-layer")
+    g.add_argument("--repair-samples", type=int, metavar="N", help="windows of the repair's walk")
 
 
 def _add_generate(commands: Any, common: _Parser) -> None:
@@ -229,6 +298,22 @@ def _add_perplexity(commands: Any, common: _Parser) -> None:
     p.set_defaults(run=_perplexity)
 
 
+def _add_evaluate(commands: Any, common: _Parser) -> None:
+    p = commands.add_parser("evaluate", parents=[common], help="zero-shot accuracy on tasks")
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument(
+        "--tasks",
+        required=True,
+        metavar="NAME,...",
+        help="FILE.jsonl[.gz]; the name of such a file in $DEPTHPRUNE_DATA (arc_easy, hellaswag, openbookqa, piqa, "
+        "winogrande); or any task of lm-eval, with the extra [eval]",
+    )
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    p.add_argument("--batch-tokens", type=int, default=4096, metavar="T", help="tokens in a pass (default 4096)")
+    _add_placement(p, "to compute in")
+    p.set_defaults(run=_evaluate)
+
+
 def build_parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
@@ -247,6 +332,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_inspect)
     _add_generate(commands, common)
     _add_perplexity(commands, common)
+    _add_evaluate(commands, common)
     return parser
 
 

@@ -57,6 +57,21 @@ def _map_line(kind: str, description: dict[str, Any], depth: int) -> str:
     return "".join(line)
 
 
+def _ranking_lines(plan: dict[str, Any] | None) -> list[str]:
+    """What went in which order, for a plan that ranked single sub-layers."""
+    settings = plan["settings"] if plan is not None else {}
+    if "ranking" not in settings:
+        return []
+    lines = [
+        "",
+        f"removed in this order, with the distance from the dense model ({settings['distance']}) after each",
+        f"{'step':>4}  {'kind':<10} {'block':<10} {'distance':>12}",
+    ]
+    for s in settings["ranking"]:
+        lines.append(f"{s['step']:>4}  {s['kind']:<10} {s['block']:<10} {s['distance']:>12.6g}")
+    return lines
+
+
 def render(description: dict[str, Any]) -> str:
     """Description for people."""
     plan = description["plan"]
@@ -83,6 +98,7 @@ def render(description: dict[str, Any]) -> str:
         "by block of the parent (# kept, . gone)",
         f"  attention {_map_line('attention', description, depth)}",
         f"  ffn       {_map_line('ffn', description, depth)}",
+        *_ranking_lines(plan),
         "",
         f"{'#':>4}  {'kind':<10} {'origin':<10} {'parameters':>12}  widths",
     ]

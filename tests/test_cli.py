@@ -50,7 +50,7 @@ def pruned(pico_file, tmp_path, capsys):
 def test_prune_shows_progress_and_a_summary(pico_file, tmp_path, capsys):
     status, out, err = run(capsys, "prune", pico_file, "-o", tmp_path / "p", "--sparsity", 0.2, *SMALL)
     assert status == 0
-    assert "dropped blocks" in out
+    assert "shortgpt (drop 4)" in out
     assert "score blocks" in err
 
 

@@ -36,6 +36,10 @@ class Attention:
         self._scale = spec.head_dim**-0.5
         self._window = spec.sliding_window or 0
 
+    @property
+    def output_weight(self) -> Tensor:  # [C, H D]
+        return self._o
+
     def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, H D]
         spec = self.spec
         qkv = linear(hidden, self._qkv, self._qkv_bias)
@@ -72,6 +76,10 @@ class FFN:
         self._gate_up = tensors["gate_up_proj.weight"]  # [2F, C], gate rows first
         self._down = tensors["down_proj.weight"]  # [C, F]
         self._down_bias = tensors.get("down_proj.bias")  # [C]
+
+    @property
+    def output_weight(self) -> Tensor:  # [C, F]
+        return self._down
 
     def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, F]
         return ops.silu_mul(linear(hidden, self._gate_up))

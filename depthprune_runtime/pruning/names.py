@@ -1,11 +1,19 @@
-"""Names of methods and scores, without importing torch: the command line shows them in its help."""
+"""Names of methods, scores and choices, without importing torch: the command line shows them in its help."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-Method = Literal["shortgpt"]
+Method = Literal["shortgpt", "finercut", "flattengpt"]
 Score = Literal["block-influence", "relative-magnitude", "sequential", "reverse"]
+Distance = Literal["js_reverse", "js", "kl", "angular", "norm", "perplexity"]
+Repair = Literal["ridge", "none"]
+Weighting = Literal["rms", "none"]
+Answers = Literal["before", "after"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 SCORES: tuple[Score, ...] = get_args(Score)
+DISTANCES: tuple[Distance, ...] = get_args(Distance)
+REPAIRS: tuple[Repair, ...] = get_args(Repair)
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+ANSWERS: tuple[Answers, ...] = get_args(Answers)

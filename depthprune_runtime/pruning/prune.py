@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,13 +15,27 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set
-from depthprune_runtime.pruning.names import METHODS, SCORES, Method, Score
+from depthprune_runtime.pruning.finercut import Goal, plan_finercut
+from depthprune_runtime.pruning.flattengpt import flatten_edits, group_blocks, input_similarity
+from depthprune_runtime.pruning.names import REPAIRS, Method, Repair
+from depthprune_runtime.pruning.options import (
+    FinerCutOptions,
+    FlattenGPTOptions,
+    MethodOptions,
+    RepairOptions,
+    ShortGPTOptions,
+    method_options,
+)
 from depthprune_runtime.pruning.plan import PrunePlan
+from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 from depthprune_runtime.pruning.shortgpt import block_pairs, plan_shortgpt
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
-from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 from depthprune_runtime.texts import load_text
 from depthprune_runtime.tokenizer import Tokenizer
+
+# Calibration windows that a method decides from: (samples, seq_len), as in the papers' code.
+_SCORING_WINDOWS = {"shortgpt": (128, 256), "finercut": (10, 256), "flattengpt": (64, 512)}
 
 
 @dataclass(frozen=True)
@@ -37,14 +52,19 @@ class PruneResult:
         return 1.0 - self.spec.num_parameters() / self.parent.num_parameters()
 
 
-def blocks_for_sparsity(spec: DecoderSpec, sparsity: float, removable: int) -> int:
-    """Fewest blocks whose removal reaches `sparsity` of all parameters, embeddings included (as the papers count)."""
+def blocks_for_sparsity(spec: DecoderSpec, sparsity: float, removable: int, share: float = 1.0) -> int:
+    """Fewest blocks whose removal reaches `sparsity` of all parameters, embeddings included (as the papers count).
+
+    share: of a block's parameters that one step removes (less than 1 where merged blocks stay wider).
+    """
     if not (isinstance(sparsity, int | float) and 0.0 <= sparsity < 1.0):
         raise InputError(f"sparsity: expected a number from 0 to below 1, got {sparsity!r}")
     pairs = block_pairs(spec)
-    per_block = max(sum(spec.sublayer_parameters(i) for i in pair) for pair in pairs)
+    per_block = share * max(sum(spec.sublayer_parameters(i) for i in pair) for pair in pairs)
     total = spec.num_parameters()
-    blocks = math.ceil(sparsity * total / per_block - 1e-9)
+    if per_block <= 0 < sparsity:
+        raise InputError("sparsity: blocks that stay wide remove no parameters; give blocks, or keep_width below 1")
+    blocks = math.ceil(sparsity * total / per_block - 1e-9) if sparsity else 0
     if blocks > removable:
         raise InputError(
             f"sparsity: {sparsity} would take {blocks} blocks, only {removable} of {len(pairs)} can go; "
@@ -53,27 +73,63 @@ def blocks_for_sparsity(spec: DecoderSpec, sparsity: float, removable: int) -> i
     return blocks
 
 
-def _block_count(spec: DecoderSpec, blocks: int | None, sparsity: float | None) -> int:
-    if (blocks is None) == (sparsity is None):
-        raise InputError("expected exactly one of blocks and sparsity")
-    removable = len(block_pairs(spec)) - 1  # at least one block stays, whichever it is
-    if sparsity is not None:
-        return blocks_for_sparsity(spec, sparsity, removable)
-    assert blocks is not None
-    if isinstance(blocks, bool) or not isinstance(blocks, int) or not 0 <= blocks <= removable:
-        raise InputError(f"blocks: expected 0 to {removable} of {removable + 1}, got {blocks!r}")
-    return blocks
+@dataclass(frozen=True)
+class Request:
+    """How much goes: exactly one of the three."""
+
+    blocks: int | None
+    sublayers: int | None
+    sparsity: float | None
+
+    def check(self, method: str) -> None:
+        given = [n for n in ("blocks", "sublayers", "sparsity") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"expected exactly one of blocks, sublayers and sparsity, got {', '.join(given) or 'none'}"
+            )
+        if given == ["sublayers"] and method != "finercut":
+            raise InputError(f"sublayers: only finercut drops single sub-layers, {method} needs blocks or sparsity")
+
+    def block_count(self, spec: DecoderSpec, share: float = 1.0) -> int:
+        removable = len(block_pairs(spec)) - 1  # at least one block stays, whichever it is
+        if self.sparsity is not None:
+            return blocks_for_sparsity(spec, self.sparsity, removable, share)
+        blocks = self.blocks
+        if isinstance(blocks, bool) or not isinstance(blocks, int) or not 0 <= blocks <= removable:
+            raise InputError(f"blocks: expected 0 to {removable} of {removable + 1}, got {blocks!r}")
+        return blocks
+
+    def goal(self, spec: DecoderSpec) -> Goal:
+        """For FinerCut: N blocks fewer means the parameters of N blocks."""
+        if self.sublayers is not None:
+            return Goal(count=self.sublayers)
+        if self.sparsity is not None:
+            blocks_for_sparsity(spec, self.sparsity, len(block_pairs(spec)) - 1)
+            return Goal(sparsity=self.sparsity)
+        attention, ffn = block_pairs(spec)[0]
+        one = spec.sublayer_parameters(attention) + spec.sublayer_parameters(ffn)
+        return Goal(sparsity=self.block_count(spec) * one / spec.num_parameters())
 
 
-def calibrate(checkpoint: Checkpoint, text: str, samples: int, seq_len: int, seed: int) -> CalibrationSet:
-    """Calibration windows for `checkpoint` from a named text or a file."""
-    contents = load_text(text)
-    # windows are cut from the middle of the text, so no BOS: only the first would have one
-    tokenizer = Tokenizer(checkpoint)
-    name = text if "/" not in text else Path(text).name
-    return calibration_set(
-        name, contents, lambda t: tokenizer.encode(t, add_special_tokens=False), samples, seq_len, seed
-    )
+class Calibrator:
+    """Draws calibration windows of one text for several purposes; samples, seq_len override their defaults."""
+
+    def __init__(self, checkpoint: Checkpoint, text: str, samples: int | None, seq_len: int | None, seed: int) -> None:
+        contents = load_text(text)
+        tokenizer = Tokenizer(checkpoint)
+        self._name = text if "/" not in text else Path(text).name
+        self._text = contents
+        # windows are cut from the middle of the text, so no BOS: only the first would have one
+        self._ids = tokenizer.encode(contents, add_special_tokens=False)
+        self._samples, self._seq_len, self._seed = samples, seq_len, seed
+        self._context = checkpoint.spec.max_position_embeddings
+
+    def windows(self, samples: int, seq_len: int) -> CalibrationSet:
+        if self._seq_len is not None and self._seq_len > self._context:
+            raise InputError(f"seq_len: expected at most the model's context of {self._context}, got {self._seq_len}")
+        samples = samples if self._samples is None else self._samples
+        seq_len = min(seq_len, self._context) if self._seq_len is None else self._seq_len
+        return calibration_set(self._name, self._text, lambda _: self._ids, samples, seq_len, self._seed)
 
 
 def write(checkpoint: Checkpoint, output: Path, progress: Progress) -> None:
@@ -89,43 +145,148 @@ def prune(
     method: Method = "shortgpt",
     *,
     blocks: int | None = None,
+    sublayers: int | None = None,
     sparsity: float | None = None,
+    repair: Repair | RepairOptions = "ridge",
     calibration: str = "builtin",
-    samples: int = 128,
-    seq_len: int = 256,
+    samples: int | None = None,
+    seq_len: int | None = None,
     seed: int = 0,
-    score: Score = "block-influence",
-    protect_last: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> PruneResult:
     """Prune `model` with `method` and write one self-contained file to `output`.
 
-    model: our file, a Hugging Face folder or hub id, or a GGUF file; blocks: whole blocks to remove, or
-    sparsity: least share of parameters to remove, embeddings included; calibration: a named text
-    (`texts.NAMED_TEXTS`) or a UTF-8 file, of which `samples` windows of `seq_len` tokens are drawn by
-    `seed`; score, protect_last: see `shortgpt`; dtype: of the output, default the source's. Raises
-    InputError before any long work where that is possible, and leaves no partial file.
+    model: our file, a Hugging Face folder or hub id, or a GGUF file; exactly one of blocks (so many blocks
+    fewer; for FinerCut their parameters), sublayers (FinerCut) and sparsity (least share of parameters to remove,
+    embeddings included); repair: `ridge` (default), `none`, or RepairOptions; calibration: a named text
+    (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn by `seed`, `samples` of `seq_len` tokens
+    (default: what suits the method, and the repair); dtype: of the output, default the source's; options: of the
+    method, see `options`. Raises InputError before any long work where that is possible, and leaves no partial file.
     """
     progress = progress or Progress()
     path = Path(output)
-    if method not in METHODS:
-        raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if score not in SCORES:
-        raise InputError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    chosen = method_options(method, options)
+    request = Request(blocks, sublayers, sparsity)
+    request.check(method)
+    mending = _repair_options(repair)
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
-    count = _block_count(parent.spec, blocks, sparsity)
+    _check_request(request, parent.spec, chosen)
     check_destination(path)
-    data = calibrate(parent, calibration, samples, seq_len, seed)
+    calibrator = Calibrator(parent, calibration, samples, seq_len, seed)
+    data = calibrator.windows(*_SCORING_WINDOWS[method])
     with progress.stage("read weights", len(parent.spec.tensor_shapes())) as advance:
         digest = parent.digest(lambda _: advance())
-    with progress.stage("score blocks", len(block_pairs(parent.spec))) as advance, torch.inference_mode():
-        plan = plan_shortgpt(parent, count, data, target, parent.dtype, score, protect_last, digest, advance)
-    pruned = PrunedCheckpoint(parent, plan)
+    with torch.inference_mode():
+        plan = _decide(parent, request, chosen, data, target, digest, progress)
+        pruned, plan = _rebuild(parent, plan, chosen, mending, calibrator, target, progress)
     write(pruned, path, progress)
     return PruneResult(path, parent.spec, pruned.spec, plan)
+
+
+def _repair_options(repair: Repair | RepairOptions) -> RepairOptions | None:
+    if isinstance(repair, RepairOptions):
+        return repair
+    if repair not in REPAIRS:
+        raise InputError(f"repair: expected one of {', '.join(REPAIRS)}, got {repair!r}")
+    return RepairOptions() if repair == "ridge" else None
+
+
+def _check_request(request: Request, spec: DecoderSpec, options: MethodOptions) -> None:
+    """Refuse impossible amounts before any long work."""
+    if isinstance(options, FinerCutOptions):
+        request.goal(spec)
+    else:
+        request.block_count(spec, 1.0 - options.keep_width if isinstance(options, FlattenGPTOptions) else 1.0)
+
+
+def _decide(
+    parent: Checkpoint,
+    request: Request,
+    options: MethodOptions,
+    data: CalibrationSet,
+    device: torch.device,
+    digest: str,
+    progress: Progress,
+) -> PrunePlan:
+    """The plan of the method: which sub-layers are dropped or merged."""
+    if isinstance(options, FinerCutOptions):
+        state = Path(options.state_file) if options.state_file else None
+        goal = request.goal(parent.spec)
+        return plan_finercut(
+            parent,
+            goal,
+            data,
+            device,
+            parent.dtype,
+            options.distance,
+            options.front_protection,
+            "fast" if options.fast else "exact",
+            state,
+            digest,
+            progress,
+        )
+    with progress.stage("score blocks", len(block_pairs(parent.spec))) as advance:
+        if isinstance(options, ShortGPTOptions):
+            count = request.block_count(parent.spec)
+            return plan_shortgpt(
+                parent, count, data, device, parent.dtype, options.score, options.protect_last, digest, advance
+            )
+        merges = request.block_count(parent.spec, 1.0 - options.keep_width)
+        similarity = input_similarity(parent, data.windows, device, parent.dtype, advance)
+        groups = group_blocks(similarity, merges, options.pairs_only)
+        settings = {
+            "blocks": merges,
+            **asdict(options),
+            "groups": [list(g) for g in groups],
+            "neighbour_similarity": [float(similarity[i, i + 1]) for i in range(len(similarity) - 1)],
+            "calibration": data.description,
+        }
+        return PrunePlan("flattengpt", digest, flatten_edits(groups), settings)
+
+
+def _kept_units(parent: DecoderSpec, plan: PrunePlan, keep_width: float) -> dict[int, int]:
+    """Units that each merged sub-layer keeps, by its first source."""
+    units = {}
+    for edit in plan.flattened():
+        for half in (0, 1):
+            spec = parent.sublayers[2 * edit.blocks[0] + half]
+            own = spec.num_kv_heads if isinstance(spec, AttentionSpec) else spec.intermediate_size
+            wide = own * len(edit.blocks)
+            kept = own + round(keep_width * (wide - own))
+            if not isinstance(spec, AttentionSpec) and own % 256 == 0:
+                kept = min(wide, 256 * math.ceil(kept / 256))  # kernels and exports like whole tiles
+            if kept < wide:
+                units[2 * edit.blocks[0] + half] = kept
+    return units
+
+
+def _rebuild(
+    parent: Checkpoint,
+    plan: PrunePlan,
+    options: MethodOptions,
+    mending: RepairOptions | None,
+    calibrator: Calibrator,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[PrunedCheckpoint, PrunePlan]:
+    """Narrow and repair what the plan leaves."""
+    narrowing = None
+    if isinstance(options, FlattenGPTOptions):
+        narrowing = Narrowing(_kept_units(parent.spec, plan, options.keep_width), options)
+    if not plan.edits or (mending is None and (narrowing is None or not narrowing.units)):
+        return PrunedCheckpoint(parent, plan), plan
+    size = mending or RepairOptions()
+    data = calibrator.windows(size.samples, size.seq_len)
+    repaired = {"repair": None if mending is None else {**asdict(mending), "calibration": data.description}}
+    plan = replace(plan, settings={**plan.settings, **repaired})
+    rebuild = Rebuild(parent, plan, narrowing, mending, device)
+    walk = rebuild.walk(data.windows)
+    with progress.stage("repair" if mending is not None else "narrow", walk.steps) as advance:
+        return rebuild.run(walk, advance)
 
 
 def import_model(

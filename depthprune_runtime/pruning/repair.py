@@ -13,14 +13,12 @@ it. Without them a few tokens with massive activations decide the solution.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from depthprune_runtime.pruning.names import Weighting
 from depthprune_runtime.pruning.walk import Visit
-
-Weighting = Literal["none", "rms"]
 
 
 @dataclass

@@ -56,3 +56,21 @@ class TokenStates:
 
     def copy_from(self, other: TokenStates) -> None:
         self.values.copy_(other.values)
+
+
+class TensorStore:
+    """Tensors that must outlive the walk: in memory up to a budget, then each in an unlinked file."""
+
+    def __init__(self, budget: int = MEMORY_LIMIT // 2) -> None:
+        self._left = budget
+        self._tensors: dict[str, Tensor] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        stored = scratch_tensor(tuple(tensor.shape), tensor.dtype, torch.device("cpu"), limit=self._left)
+        stored.copy_(tensor)
+        self._left = max(0, self._left - stored.nbytes)
+        self._tensors[name] = stored
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self._tensors

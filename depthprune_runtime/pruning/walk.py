@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,10 +25,9 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.model.sublayers import Sublayer
+from depthprune_runtime.pruning.names import Answers
 from depthprune_runtime.pruning.states import TokenStates
 from depthprune_runtime.pruning.surgery import Piece, PrunedCheckpoint
-
-AnswersFor = Literal["before", "after"]  # a dropped sub-layer is answered for by the one kept before or after it
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,16 @@ class Segment:
     pieces: tuple[int, ...]
     answered: tuple[frozenset[int], ...]
 
+    def untouched(self, pieces: Sequence[Piece]) -> bool:
+        """Whether the student does here just what the teacher does."""
+        return len(self.teacher) == 1 and len(self.pieces) == 1 and pieces[self.pieces[0]].keep is None
 
-def segments(pieces: Sequence[Piece], count: int, answers_for: AnswersFor) -> list[Segment]:
-    """Cut teacher (`count` sub-layers) and student (`pieces`) into segments that end at the same point."""
+
+def segments(pieces: Sequence[Piece], count: int, answers_for: Answers) -> list[Segment]:
+    """Cut teacher (`count` sub-layers) and student (`pieces`) into segments that end at the same point.
+
+    answers_for: whether a dropped sub-layer is answered for by the kept one before it (if any) or after it.
+    """
     kept = {i for p in pieces for i in p.sources}
     found: list[Segment] = []
     begin = 0  # next teacher sub-layer
@@ -100,7 +105,9 @@ Visitor = Callable[[Visit], Sublayer]
 class Walk:
     """Runs teacher and student over `windows` [N, S] and calls `visitor` for every student sub-layer.
 
-    student: the wide student (merged but not narrowed); dtype: of the sub-layers' arithmetic.
+    student: the wide student (merged but not narrowed); dtype: of the sub-layers' arithmetic; answers_for: see
+    `segments`; skip_equal: run the stretch before the first edit once, for teacher and student alike, and visit
+    nothing there (a repair would find nothing to mend).
     """
 
     def __init__(
@@ -110,7 +117,8 @@ class Walk:
         windows: Tensor,
         device: torch.device,
         dtype: torch.dtype,
-        answers_for: AnswersFor = "before",
+        answers_for: Answers = "before",
+        skip_equal: bool = True,
     ) -> None:
         count, seq_len = windows.shape
         context = teacher.spec.max_position_embeddings
@@ -125,10 +133,12 @@ class Walk:
         self._shape = (count, seq_len, teacher.spec.hidden_size)
         self._device = device
         self._dtype = dtype
+        self._skip_equal = skip_equal
 
     @property
     def steps(self) -> int:
-        return len(self._pieces)
+        """How often `advance` is called: once a segment."""
+        return len(self._segments)
 
     def _states(self) -> TokenStates:
         return TokenStates(*self._shape, self._device)
@@ -162,9 +172,18 @@ class Walk:
         for n, window in enumerate(self._windows):
             teacher.values[n] = embedding(window.to(self._device), table).float()
         del table
-        student.copy_from(teacher)
         extra = [self._states() for _ in range(max(len(s.pieces) for s in self._segments) - 1)]
+        equal = self._skip_equal
+        if not equal:
+            student.copy_from(teacher)
         for segment in self._segments:
+            if equal and not segment.untouched(self._pieces):
+                student.copy_from(teacher)
+                equal = False
+            if equal:
+                self._advance_teacher(segment, teacher, ())
+                advance()
+                continue
             targets = extra[: len(segment.pieces) - 1]
             self._advance_teacher(segment, teacher, targets)
             for k, index in enumerate(segment.pieces):
@@ -174,4 +193,4 @@ class Walk:
                 for b in range(len(student)):
                     states = student.batch(b)
                     states += self._run(sublayer, states)
-                advance()
+            advance()

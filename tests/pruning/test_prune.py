@@ -57,8 +57,14 @@ def test_the_output_may_replace_its_own_source(pico_file, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of blocks and sparsity"),
+        ({}, "exactly one of blocks, sublayers and sparsity, got none"),
         ({"blocks": 1, "sparsity": 0.1}, "exactly one"),
+        ({"sublayers": 2}, "only finercut"),
+        ({"blocks": 1, "distance": "kl"}, "method shortgpt: unknown options"),
+        ({"blocks": 1, "repair": "glue"}, "repair: expected one of ridge, none"),
+        ({"sparsity": 0.1, "method": "flattengpt", "keep_width": 1.0}, "stay wide"),
+        ({"blocks": 1, "method": "flattengpt", "keep_width": 2}, "keep_width: expected a number from 0.0 to 1.0"),
+        ({"blocks": 4, "method": "flattengpt", "pairs_only": True}, "at most 3 fewer"),
         ({"blocks": 6}, "expected 0 to 5 of 6, got 6"),
         ({"blocks": "2"}, "got '2'"),
         ({"sparsity": 0.99}, "the most is"),

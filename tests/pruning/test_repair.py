@@ -145,9 +145,27 @@ def test_targets_and_states_are_the_residual_streams(pico_file, pico_llama):
             gaps.append(float((reached - v.target.batch(b)).norm() / v.target.batch(b).norm()))
         return v.sublayer
 
-    walk(pico_file, (), visit)
+    walk(pico_file, (), visit, skip_equal=False)
     assert len(gaps) == 12
     assert max(gaps) < 1e-5
+
+
+def test_the_stretch_before_the_first_edit_is_not_visited(pico_file):
+    every, some = [], []
+
+    def visit_into(seen):
+        def visit(v):
+            seen.append((v.index, v.states.values.clone(), v.target.values.clone()))
+            return v.sublayer
+
+        return visit
+
+    walk(pico_file, (Drop(6),), visit_into(every), skip_equal=False)
+    walk(pico_file, (Drop(6),), visit_into(some))
+    assert [i for i, _, _ in some] == list(range(5, 11))  # from the FFN that answers for the dropped attention
+    for (_, states, target), (_, expected_states, expected_target) in zip(some, every[5:], strict=True):
+        assert torch.equal(states, expected_states)
+        assert torch.equal(target, expected_target)
 
 
 def test_the_targets_of_a_merged_pair(pico_file, pico_llama):

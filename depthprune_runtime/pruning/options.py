@@ -1,0 +1,102 @@
+"""Options of every method and of the repair: frozen, validated, with their defaults. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, SCORES, WEIGHTINGS, Answers, Distance, Score, Weighting
+
+_T = TypeVar("_T")
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high:  # type: ignore[operator]
+        raise InputError(f"{name}: expected a number from {low} to {high}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ShortGPTOptions:
+    """score: how blocks are ranked; protect_last: never drop the last block."""
+
+    score: Score = "block-influence"
+    protect_last: bool = True
+
+    def __post_init__(self) -> None:
+        _choice("score", self.score, SCORES)
+
+
+@dataclass(frozen=True)
+class FinerCutOptions:
+    """distance: between dense and pruned outputs; front_protection: share of the front that goes last; fast: lazy
+    re-scoring; state_file: where the search is saved after every step, to be resumed from."""
+
+    distance: Distance = "js_reverse"
+    front_protection: float = 0.4
+    fast: bool = False
+    state_file: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("distance", self.distance, DISTANCES)
+        _number("front_protection", self.front_protection, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class FlattenGPTOptions:
+    """pairs_only: merge no more than two blocks; keep_width: 0 narrows to the original width, 1 leaves the merged
+    block wide, between them the share of the difference that stays; compensate: re-solve down_proj for the channels
+    that go; leverage_lam: ridge of channel scores and compensation, relative to the mean of the Gram diagonal."""
+
+    pairs_only: bool = False
+    keep_width: float = 0.0
+    compensate: bool = True
+    leverage_lam: float = 10.0
+
+    def __post_init__(self) -> None:
+        _number("keep_width", self.keep_width, 0.0, 1.0)
+        _number("leverage_lam", self.leverage_lam, 1e-9)
+
+
+@dataclass(frozen=True)
+class RepairOptions:
+    """lam: ridge relative to the mean of the Gram diagonal; weighting: of the tokens; answers_for: whether a dropped
+    sub-layer is answered for by the kept one before or after it; samples, seq_len: windows of the walk."""
+
+    lam: float = 0.1
+    weighting: Weighting = "rms"
+    answers_for: Answers = "before"
+    samples: int = 64
+    seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        _number("repair lam", self.lam, 0.0)
+        _choice("repair weighting", self.weighting, WEIGHTINGS)
+        _choice("repair answers_for", self.answers_for, ANSWERS)
+
+
+MethodOptions = ShortGPTOptions | FinerCutOptions | FlattenGPTOptions
+METHOD_OPTIONS: dict[str, type[ShortGPTOptions] | type[FinerCutOptions] | type[FlattenGPTOptions]] = {
+    "shortgpt": ShortGPTOptions,
+    "finercut": FinerCutOptions,
+    "flattengpt": FlattenGPTOptions,
+}
+
+
+def method_options(method: str, values: dict[str, Any]) -> MethodOptions:
+    """Options object of `method`; unknown names are refused."""
+    kind = METHOD_OPTIONS.get(method)
+    if kind is None:
+        raise InputError(f"method: expected one of {', '.join(METHOD_OPTIONS)}, got {method!r}")
+    known = set(kind.__dataclass_fields__)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise InputError(f"method {method}: unknown options {unknown}; known are {sorted(known)}")
+    return kind(**values)

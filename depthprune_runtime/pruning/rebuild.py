@@ -1,0 +1,100 @@
+"""Narrowing, compensation and repair in one walk over teacher and student."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.checkpoint import Checkpoint
+from depthprune_runtime.model.decoder import SublayerLoader
+from depthprune_runtime.model.sublayers import Sublayer
+from depthprune_runtime.progress import Advance
+from depthprune_runtime.pruning import merging, narrowing, repair
+from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
+from depthprune_runtime.pruning.plan import Edit, Narrow, PrunePlan
+from depthprune_runtime.pruning.states import TensorStore
+from depthprune_runtime.pruning.surgery import PrunedCheckpoint
+from depthprune_runtime.pruning.walk import Visit, Walk
+from depthprune_runtime.spec import AttentionSpec, SublayerSpec
+
+
+def output_name(spec: SublayerSpec) -> str:
+    """Short name of the projection that a method may solve anew."""
+    return "o_proj.weight" if isinstance(spec, AttentionSpec) else "down_proj.weight"
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How wide sub-layers are narrowed. units: first source -> units to keep."""
+
+    units: Mapping[int, int]
+    options: FlattenGPTOptions
+
+
+class Rebuild:
+    """Visitor of the walk that decides Narrow edits and solves output projections anew.
+
+    plan: drops and flattens, decided before; narrowing, repair: None leaves that part out.
+    """
+
+    def __init__(
+        self,
+        parent: Checkpoint,
+        plan: PrunePlan,
+        narrowing: Narrowing | None,
+        repair: RepairOptions | None,
+        device: torch.device,
+    ) -> None:
+        self._parent = parent
+        self._plan = plan
+        self._narrowing = narrowing
+        self._repair = repair
+        self._device = device
+        self._edits: list[Edit] = []
+        self._store = TensorStore()
+
+    def _checkpoint(self) -> PrunedCheckpoint:
+        plan = dataclasses.replace(self._plan, edits=self._plan.edits + tuple(self._edits))
+        return PrunedCheckpoint(self._parent, plan, self._store.tensors)
+
+    def run(self, walk: Walk, advance: Advance = lambda: None) -> tuple[PrunedCheckpoint, PrunePlan]:
+        """Walk to the end; the rebuilt student and its whole plan."""
+        walk.run(self.visit, advance)
+        return self._checkpoint(), dataclasses.replace(self._plan, edits=self._plan.edits + tuple(self._edits))
+
+    def walk(self, windows: Tensor) -> Walk:  # [N, S] int64
+        """The walk that `run` takes."""
+        answers_for = self._repair.answers_for if self._repair is not None else "before"
+        student = PrunedCheckpoint(self._parent, self._plan)
+        return Walk(self._parent, student, windows, self._device, self._parent.dtype, answers_for)
+
+    def visit(self, visit: Visit) -> Sublayer:
+        """Narrow and repair one sub-layer; the student goes on with the result, rounded as it is stored."""
+        units = self._narrowing.units.get(visit.piece.sources[0]) if self._narrowing is not None else None
+        if units is None and self._repair is None:
+            return visit.sublayer
+        weighting = self._repair.weighting if self._repair is not None else "none"
+        moments = repair.accumulate(visit, weighting)
+        spec, wide = visit.sublayer.spec, visit.sublayer.output_weight
+        columns, solved = None, None
+        if units is not None and self._narrowing is not None:
+            options = self._narrowing.options
+            keep = narrowing.choose_units(moments.gram, wide, spec, units, options.leverage_lam)
+            self._edits.append(Narrow(visit.piece.sources[0], keep))
+            columns = merging.unit_columns(spec, keep).to(self._device)
+            if options.compensate and not isinstance(spec, AttentionSpec):
+                solved = narrowing.compensated(moments.gram, wide, columns, options.leverage_lam)
+        if self._repair is not None:
+            start = wide if columns is None else wide[:, columns]
+            solved = repair.solve(moments, start if solved is None else solved, columns, self._repair.lam)
+        if solved is not None:
+            name = f"sublayers.{visit.index}.{output_name(spec)}"
+            self._store.put(name, solved.to(device="cpu", dtype=self._parent.dtype))
+        checkpoint = self._checkpoint()
+        return SublayerLoader(checkpoint.spec, checkpoint.tensor, self._device, self._parent.dtype).sublayer(
+            visit.index
+        )
