@@ -188,10 +188,10 @@ def _perplexity(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from depthprune_runtime.evaluation.tasks import evaluate, render
+    from depthprune_runtime.evaluation.tasks import evaluate, load_tasks, render
 
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    results = evaluate(_load(args), names, args.limit, args.batch_tokens, _progress(args))
+    tasks = load_tasks([name.strip() for name in args.tasks.split(",") if name.strip()], args.limit)
+    results = evaluate(_load(args), tasks, args.batch_tokens, _progress(args))
     if args.json:
         _print_json([result.to_json() for result in results])
     else:

@@ -64,7 +64,7 @@ def _ranking_lines(plan: dict[str, Any] | None) -> list[str]:
         return []
     lines = [
         "",
-        f"removed in this order, with the distance from the dense model ({settings['distance']}) after each",
+        f"removed in this order, with the distance ({settings['distance']}) after each",
         f"{'step':>4}  {'kind':<10} {'block':<10} {'distance':>12}",
     ]
     for s in settings["ranking"]:

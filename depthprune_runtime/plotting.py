@@ -34,7 +34,7 @@ def removals(plan: dict[str, Any] | None) -> tuple[dict[tuple[str, int], _Gone],
     if "ranking" in settings:
         ranking = settings["ranking"]
         found = {(s["kind"], s["block"]): _Gone(s["step"], s["distance"]) for s in ranking}
-        return found, f"distance from the dense model ({settings['distance']})"
+        return found, f"distance after its removal ({settings['distance']})"
     order = settings.get("removal_order")
     if isinstance(order, list):
         known = {(kind, block): _Gone(n, float(n)) for n, block in enumerate(order, 1) for kind, _ in _ROWS}
@@ -130,9 +130,9 @@ def plot_map(description: dict[str, Any], path: str | Path) -> None:
     missing = [(kind, block) for kind, _ in _ROWS for block in range(depth) if (kind, block) not in kept]
     _draw_dropped(figure, axes, description, missing)
     plan = description["plan"]
-    what = f"pruned by {plan['method']}" if plan is not None else "dense"
+    what = plan["method"] if plan is not None else "dense"
     name = Path(description["name"]).name
-    axes.set_title(f"{name}: {what}, {description['parameters'] / 1e6:,.1f} M parameters", pad=26)
+    axes.set_title(f"{name} ({what}), {description['parameters'] / 1e6:,.1f} M parameters", pad=26)
     _legend(axes, any(len(s["origin"]) > 1 for s in description["sublayers"]), bool(removals(plan)[0]))
     axes.set_xlim(-0.7, depth - 0.3)
     axes.set_ylim(-0.55, 1.55)

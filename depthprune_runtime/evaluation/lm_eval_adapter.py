@@ -10,10 +10,13 @@ it raises InputError.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.runtime import Runtime
@@ -28,10 +31,12 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ImportError as error:
     raise InputError("lm-eval is not installed; install the extra [eval]") from error
 
+logger = logging.getLogger(__name__)
+_DEFAULT_DEVICE = "cuda:0"  # of lm-eval's command line
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _RUNNING = 64  # contexts generated together
 _BOOTSTRAP_ROUNDS = 1000  # for metrics without a formula of their standard error
@@ -65,6 +70,21 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
         self._batch_tokens = batch_tokens
         self._device = self.runtime.device
         self._progress = progress
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DepthpruneLM:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> DepthpruneLM:
+        """From --model_args, which win over lm-eval's own options; its default device is cuda:0 on any machine."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None} | arg_dict
+        if options.get("device") == _DEFAULT_DEVICE and "device" not in arg_dict and not torch.cuda.is_available():
+            logger.warning("device: lm-eval's default %s is not available; using the CPU", _DEFAULT_DEVICE)
+            options["device"] = "cpu"
+        return cls(**options)
 
     def _bar(self, disable_tqdm: bool) -> Progress:
         return self._progress or Progress(visible=not disable_tqdm)
@@ -196,15 +216,16 @@ class _TaskManager(TaskManager):  # type: ignore[misc]
 class LmEvalTasks:
     """Tasks and groups by lm-eval's own names, or YAML files of its format. Unknown names raise InputError."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], limit: int | None = None) -> None:
         self.names = list(names)
+        self.limit = limit
         self._manager = _TaskManager()
         unknown = [n for n in names if not Path(n).is_file() and not self._manager.match_tasks([n])]
         if unknown:
             raise InputError(f"tasks {unknown}: no .jsonl[.gz] files, and lm-eval knows no such tasks")
 
     def evaluate(
-        self, runtime: Runtime, limit: int | None = None, batch_tokens: int = 4096, progress: Progress | None = None
+        self, runtime: Runtime, batch_tokens: int = 4096, progress: Progress | None = None
     ) -> list[TaskResult]:
         """Every task and group of the result, with all metrics that lm-eval reports."""
         model = DepthpruneLM(runtime, batch_tokens=batch_tokens, progress=progress or Progress())
@@ -213,7 +234,7 @@ class LmEvalTasks:
                 model,
                 tasks=self.names,
                 task_manager=self._manager,
-                limit=limit,
+                limit=self.limit,
                 log_samples=False,
                 bootstrap_iters=_BOOTSTRAP_ROUNDS,
             )

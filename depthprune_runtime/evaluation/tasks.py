@@ -85,6 +85,14 @@ class JsonlTask:
     examples: tuple[Example, ...]
 
 
+@dataclass(frozen=True)
+class TaskSet:
+    """What `load_tasks` found: our files, and what is left to lm-eval."""
+
+    files: tuple[JsonlTask, ...]
+    harness: LmEvalTasks | None
+
+
 def find_task(name: str) -> Path | None:
     """The file of a task given by path, or by a name found in the folder $DEPTHPRUNE_DATA."""
     if name.endswith(_SUFFIXES):
@@ -193,35 +201,36 @@ def evaluate_task(
     return TaskResult(task.name, str(task.path), len(hits), metrics)
 
 
-def evaluate(
-    runtime: Runtime,
-    tasks: Sequence[str],
-    limit: int | None = None,
-    batch_tokens: int = 4096,
-    progress: Progress | None = None,
-) -> list[TaskResult]:
-    """Results of JSONL tasks (paths, or names in $DEPTHPRUNE_DATA), then of lm-eval's tasks (all other names).
+def load_tasks(names: Sequence[str], limit: int | None = None) -> TaskSet:
+    """JSONL tasks (paths, or names in $DEPTHPRUNE_DATA), and lm-eval's (all other names).
 
-    limit: only the first rows of each task; batch_tokens: tokens in one forward pass.
+    limit: only the first rows of each. Raises InputError for unknown names and bad rows, before any work.
     """
-    if not tasks:
+    if not names:
         raise InputError("tasks: expected at least one, got none")
-    found = [(name, find_task(name)) for name in tasks]
+    found = [(name, find_task(name)) for name in names]
     others = [name for name, path in found if path is None]
-    local = [load_task(path, limit) for _, path in found if path is not None]  # bad rows are told before any work
-    # lm-eval first: its data may come from a network, and a failure should not cost the work on files
-    theirs = _harness(others).evaluate(runtime, limit, batch_tokens, progress) if others else []
-    return [evaluate_task(runtime, task, batch_tokens, progress) for task in local] + theirs
+    files = tuple(load_task(path, limit) for _, path in found if path is not None)
+    return TaskSet(files, _harness(others, limit) if others else None)
 
 
-def _harness(names: Sequence[str]) -> LmEvalTasks:
+def evaluate(
+    runtime: Runtime, tasks: TaskSet, batch_tokens: int = 4096, progress: Progress | None = None
+) -> list[TaskResult]:
+    """Results of the files in the order given, then of lm-eval's tasks; batch_tokens: tokens in one forward pass."""
+    # lm-eval runs first: its data may come from a network, and a failure should not cost the work on files
+    theirs = [] if tasks.harness is None else tasks.harness.evaluate(runtime, batch_tokens, progress)
+    return [evaluate_task(runtime, task, batch_tokens, progress) for task in tasks.files] + theirs
+
+
+def _harness(names: Sequence[str], limit: int | None) -> LmEvalTasks:
     try:
         from depthprune_runtime.evaluation.lm_eval_adapter import LmEvalTasks
     except InputError as error:
         raise InputError(
             f"task {names[0]}: no .jsonl[.gz] file, and not in the folder ${DATA_VARIABLE}; as for other tasks, {error}"
         ) from error
-    return LmEvalTasks(names)
+    return LmEvalTasks(names, limit)
 
 
 def render(results: Sequence[TaskResult]) -> str:

@@ -23,6 +23,11 @@ from depthprune_runtime.model.decoder import SublayerLoader
 _BATCH_TOKENS = 4096  # tokens per forward pass: large enough for GEMM speed, small enough for memory
 
 
+def window_batches(tokens: int, seq_len: int) -> list[int]:
+    """Lengths of the whole windows in a batch of `tokens`."""
+    return [seq_len] * (tokens // seq_len)
+
+
 @dataclass(frozen=True)
 class CalibrationSet:
     """Windows of token ids and where they came from (for the plan's settings)."""

@@ -8,13 +8,18 @@ protection p (official: 0.4), blocks below int(p N / 2) are no candidates until 
 gone. The order of removal is the method's product: it shows which sub-layers the output depends on least.
 
 `exact` scores every candidate in every step, from cached prefixes (`candidates`). `fast` is lazy-greedy:
-it takes each candidate's last known increment of the distance as an estimate of what it would add now,
-re-scores candidates in that order, and stops when the best re-scored one beats the next estimate.
-Damage mostly compounds, so old increments are mostly optimistic, and optimistic estimates lose nothing.
+a candidate's last known increment is the estimate of what it would add now. Each step re-scores the four
+lowest estimates and the neighbours of the sub-layer that went last, whose increments change most, then
+further ones in the order of estimates until the best beats the next estimate, reduced by a margin.
+Increments are taken where independent removals add up: of the square of `angular` and `norm` (errors add in
+quadrature), the logarithm of `perplexity`, and the divergences as they are.
+SmolLM2-135M, 8 of 60 sub-layers on 2 windows of 256 tokens, in sub-layer evaluations of the plain loop:
+exact 0.29, fast 0.10, the same ranking.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections.abc import Callable
@@ -42,6 +47,8 @@ Mode = Literal["exact", "fast"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 _FAST_BATCH = 4  # candidates re-scored together; they share their suffix
+_OPTIMISM = 0.7  # of an old increment: what it may have shrunk to since
+_NEIGHBOURS = 3  # remaining sub-layers before and after the last removed one that are always re-scored
 _FAST_SHARE = 0.25  # of the candidates, at most, are re-scored in one step of the fast mode
 
 
@@ -141,20 +148,32 @@ def _best(scores: dict[int, float]) -> int:
     return best
 
 
+def _additive(distance: str, value: float) -> float:
+    """A growing function of `value` to which removals add roughly independently: see the module's docstring."""
+    if distance in ("angular", "norm"):
+        return value * value
+    return math.log(value) if distance == "perplexity" else value
+
+
 def _fast_scores(scorer: CandidateScorer, state: SearchState, allowed: list[int], base: float) -> dict[int, float]:
     """Distances of the most promising of `allowed`; `base` is the distance of the current model."""
-    unknown = [i for i in allowed if i not in state.increments]
-    scores = scorer.score(unknown) if unknown else {}
-    queue = sorted((i for i in allowed if i in state.increments), key=lambda i: (state.increments[i], i))
-    cap = max(_FAST_BATCH, math.ceil(_FAST_SHARE * len(allowed)))
-    rescored = 0
-    while queue and rescored < cap:
-        if scores and min(scores.values()) <= base + state.increments[queue[0]]:
+    name = state.key.distance
+    increments = state.increments
+    queue = sorted((i for i in allowed if i in increments), key=lambda i: (increments[i], i))
+    first = {i for i in allowed if i not in increments} | set(queue[:_FAST_BATCH])
+    if state.steps:
+        place = bisect.bisect(scorer.remaining, state.steps[-1].sublayer)
+        first |= set(scorer.remaining[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS]) & set(allowed)
+    scores = scorer.score(sorted(first))
+    queue = [i for i in queue if i not in first]
+    level = _additive(name, base)
+    cap = math.ceil(_FAST_SHARE * len(allowed))
+    while queue and cap > 0:
+        if _additive(name, min(scores.values())) <= level + _OPTIMISM * increments[queue[0]]:
             break
-        batch, queue = queue[:_FAST_BATCH], queue[_FAST_BATCH:]
+        batch, queue, cap = queue[:_FAST_BATCH], queue[_FAST_BATCH:], cap - _FAST_BATCH
         scores.update(scorer.score(batch))
-        rescored += len(batch)
-    state.increments.update({i: d - base for i, d in scores.items()})
+    increments.update({i: _additive(name, d) - level for i, d in scores.items()})
     return scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Method = Literal["shortgpt", "finercut", "flattengpt"]
-Score = Literal["block-influence", "relative-magnitude", "sequential", "reverse"]
+Score = Literal["block-influence", "relative-magnitude", "sequential", "reverse", "after-repair"]
 Distance = Literal["js_reverse", "js", "kl", "angular", "norm", "perplexity"]
 Repair = Literal["ridge", "none"]
 Weighting = Literal["rms", "none"]

@@ -123,7 +123,10 @@ class PrunePlan:
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
-        data["edits"] = [{"kind": e.kind, **dataclasses.asdict(e)} for e in self.edits]
+        data["edits"] = [
+            {"kind": e.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(e).items()}}
+            for e in self.edits
+        ]
         return data
 
     @classmethod

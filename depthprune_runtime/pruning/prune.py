@@ -14,6 +14,7 @@ from depthprune_runtime.checkpoint.container import check_destination
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
+from depthprune_runtime.pruning.after_repair import plan_after_repair
 from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set
 from depthprune_runtime.pruning.finercut import Goal, plan_finercut
 from depthprune_runtime.pruning.flattengpt import flatten_edits, group_blocks, input_similarity
@@ -232,6 +233,8 @@ def _decide(
     with progress.stage("score blocks", len(block_pairs(parent.spec))) as advance:
         if isinstance(options, ShortGPTOptions):
             count = request.block_count(parent.spec)
+            if options.score == "after-repair":
+                return plan_after_repair(parent, count, data, device, options.protect_last, digest, advance)
             return plan_shortgpt(
                 parent, count, data, device, parent.dtype, options.score, options.protect_last, digest, advance
             )

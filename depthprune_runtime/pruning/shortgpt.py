@@ -99,9 +99,9 @@ def plan_shortgpt(
     parent_digest: str = "",
     progress: Progress = lambda: None,
 ) -> PrunePlan:
-    """Drop the `blocks` blocks with the lowest score."""
-    if score not in SCORES:
-        raise InputError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    """Drop the `blocks` blocks with the lowest score. (`after-repair` is `after_repair.plan_after_repair`.)"""
+    if score not in SCORES or score == "after-repair":
+        raise InputError(f"score: expected one of {', '.join(SCORES[:-1])}, got {score!r}")
     pairs = block_pairs(checkpoint.spec)
     removable = len(pairs) - int(protect_last)
     if not 0 <= blocks <= removable or blocks >= len(pairs):

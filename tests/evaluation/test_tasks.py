@@ -19,7 +19,7 @@ from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.cli import main
 from depthprune_runtime.evaluation import scoring, tasks
 from depthprune_runtime.evaluation.scoring import ContinuationScore, continuation_logprobs, encode_pair
-from depthprune_runtime.evaluation.tasks import evaluate, evaluate_task, find_task, load_task
+from depthprune_runtime.evaluation.tasks import evaluate_task, find_task, load_task, load_tasks
 
 IDS = st.integers(0, pico.VOCAB_SIZE - 1)
 # Few contexts and several continuations of each, so that sharing happens at every length of a context.
@@ -105,7 +105,7 @@ def test_long_contexts_lose_their_left(pico_llama, pico_runtime, caplog):
     close(scores[0], brute_force(pico_llama[0], *fitting))
     close(scores[1], brute_force(pico_llama[0], ids[-(pico.CONTEXT - 2) :], [7, 8, 9]))  # all input tokens are used
     close(scores[2], brute_force(pico_llama[0], ids[-pico.CONTEXT :], [3]))
-    assert "2 of 3 texts exceed the model's context" in caplog.text
+    assert "2 of 3 texts are longer than the model's context" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="limit: expected at least 1, got 0"):
         load_task(mixed, limit=0)
     with pytest.raises(InputError, match="tasks: expected at least one"):
-        evaluate(None, [])
+        load_tasks([])
 
 
 Done = namedtuple("Done", "status out err")

@@ -1,0 +1,151 @@
+"""Narrowing and repair as `prune` runs them: exactness, gain, streaming, crashes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pico
+import pytest
+import torch
+
+from depthprune_runtime import Runtime, prune
+from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.pruning import states
+from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
+from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
+from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
+from depthprune_runtime.pruning.surgery import PrunedCheckpoint
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(2, pico.VOCAB_SIZE, (24, 32), generator=torch.Generator().manual_seed(0))
+FRESH = torch.randint(2, pico.VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(9))
+SMALL = {"samples": 8, "seq_len": 48}
+METHODS = {
+    "shortgpt": {"blocks": 2},
+    "finercut": {"sublayers": 3},
+    "flattengpt": {"blocks": 2},
+}
+
+
+def rebuilt(pico_file, edits, narrowing=None, repair=None):
+    plan = PrunePlan("test", "", edits)
+    with torch.inference_mode():
+        rebuild = Rebuild(open_checkpoint(pico_file), plan, narrowing, repair, CPU)
+        return rebuild.run(rebuild.walk(WINDOWS))
+
+
+def error(pico_runtime, checkpoint):
+    """Relative error of the logits on the calibration tokens: what random weights compute of one token says
+    nothing of another."""
+    ours = Runtime(checkpoint, CPU, torch.float32).logits(WINDOWS)
+    theirs = pico_runtime.logits(WINDOWS)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("edits", [(), (Flatten((2, 3)),)])
+def test_keeping_all_units_without_repair_changes_nothing(pico_file, edits):
+    plan = PrunePlan("test", "", edits)
+    units = {2 * 2: 6, 2 * 2 + 1: 160} if edits else {}
+    narrowing = Narrowing(units, FlattenGPTOptions(leverage_lam=1e-6))
+    checkpoint, _ = rebuilt(pico_file, edits, narrowing)
+    wide = Runtime(PrunedCheckpoint(open_checkpoint(pico_file), plan), CPU, torch.float32).logits(FRESH)
+    ours = Runtime(checkpoint, CPU, torch.float32).logits(FRESH)
+    assert float((ours - wide).norm() / wide.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("answers_for", ["before", "after"])
+@pytest.mark.parametrize(
+    "edits", [(Drop(4), Drop(5)), (Drop(3),), (Flatten((2, 3)),), (Drop(10), Drop(11)), (Drop(0),)]
+)
+def test_repair_brings_the_student_nearer_to_the_teacher(pico_file, pico_runtime, edits, answers_for):
+    """Also where the first or the last sub-layers went."""
+    plain = PrunedCheckpoint(open_checkpoint(pico_file), PrunePlan("test", "", edits))
+    repaired, plan = rebuilt(pico_file, edits, repair=RepairOptions(lam=1e-3, answers_for=answers_for))
+    assert plan.edits == edits
+    assert error(pico_runtime, repaired) < error(pico_runtime, plain)
+
+
+def test_a_huge_ridge_repairs_nothing(pico_file, pico_runtime):
+    edits = (Drop(4), Drop(5))
+    plain = PrunedCheckpoint(open_checkpoint(pico_file), PrunePlan("test", "", edits))
+    repaired, _ = rebuilt(pico_file, edits, repair=RepairOptions(lam=1e12))
+    assert error(pico_runtime, repaired) == pytest.approx(error(pico_runtime, plain), rel=1e-3)
+
+
+def test_repair_touches_only_output_projections_after_the_first_edit(pico_file):
+    repaired, _ = rebuilt(pico_file, (Drop(6), Drop(7)), repair=RepairOptions())
+    plain = PrunedCheckpoint(open_checkpoint(pico_file), PrunePlan("test", "", (Drop(6), Drop(7))))
+    changed = {n for n in plain.spec.tensor_shapes() if not torch.equal(plain.tensor(n), repaired.tensor(n))}
+    expected = {f"sublayers.{i}.{'down' if i % 2 else 'o'}_proj.weight" for i in range(5, 10)}
+    assert changed == expected
+
+
+@pytest.mark.parametrize("repair", [None, RepairOptions()])
+def test_narrowing_keeps_the_original_width(pico_file, repair):
+    narrowing = Narrowing({2: 3, 3: 80}, FlattenGPTOptions())
+    checkpoint, plan = rebuilt(pico_file, (Flatten((1, 2)),), narrowing, repair)
+    assert checkpoint.spec.uniform() is not None
+    assert len(checkpoint.spec.sublayers) == 10
+    assert {e.sublayer: len(e.keep) for e in plan.edits[1:]} == {2: 3, 3: 80}
+    assert PrunePlan.from_json(plan.to_json()) == plan
+
+
+def test_compensation_helps(pico_file, pico_runtime):
+    errors = {}
+    for compensate in (False, True):
+        options = FlattenGPTOptions(compensate=compensate, leverage_lam=0.01)
+        checkpoint, _ = rebuilt(pico_file, (Flatten((1, 2)),), Narrowing({3: 80}, options))
+        wide = PrunedCheckpoint(open_checkpoint(pico_file), PrunePlan("test", "", (Flatten((1, 2)),)))
+        theirs = Runtime(wide, CPU, torch.float32).logits(FRESH)
+        ours = Runtime(checkpoint, CPU, torch.float32).logits(FRESH)
+        errors[compensate] = float((ours - theirs).norm())
+    assert errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_streams_to_the_same_file(pico_llama, tmp_path, method, monkeypatch):
+    """All buffers in files, tiny batches: the same plan and the same weights as in memory."""
+    in_memory = prune(pico_llama[1], tmp_path / "memory", method, **METHODS[method], **SMALL)
+    monkeypatch.setattr(states, "MEMORY_LIMIT", 0)
+    streamed = prune(pico_llama[1], tmp_path / "streamed", method, **METHODS[method], **SMALL)
+    assert streamed.plan == in_memory.plan
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "memory").read_bytes()
+    assert open_checkpoint(tmp_path / "memory").plan == in_memory.plan.to_json()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_flattengpt_on_every_family(family, tmp_path):
+    model = pico.build_model(family, num_hidden_layers=4)
+    folder = pico.save(model, tmp_path / "model")
+    for keep_width, groups in ((0.0, 3), (0.4, 4), (1.0, 6)):
+        path = tmp_path / f"p{keep_width}"
+        result = prune(folder, path, "flattengpt", blocks=1, keep_width=keep_width, **SMALL)
+        merged = next(s for s in result.spec.attention_sublayers() if len(s.origin) == 2)
+        assert merged.num_kv_heads == groups
+        assert str(Runtime.load(path).generate("the quick", max_new_tokens=4, ignore_eos=True)) != ""
+        assert (result.spec.uniform() is not None) == (keep_width == 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_in_the_middle_it_leaves_nothing_or_a_whole_file(pico_file, tmp_path, method):
+    amount = ["--sublayers", "3"] if method == "finercut" else ["--blocks", "2"]
+    command = [
+        sys.executable, "-m", "depthprune_runtime.cli", "prune", str(pico_file), "-o", str(tmp_path / "out"),
+        "--method", method, *amount, "--samples", "64", "--seq-len", "64",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    seen, deadline = b"", time.monotonic() + 60
+    while b"read weights" not in seen and time.monotonic() < deadline:
+        seen += os.read(process.stderr.fileno(), 4096)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    left = [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
+    assert process.returncode in (-signal.SIGKILL, 0)
+    if left:
+        assert left == [tmp_path / "out"]
+        open_checkpoint(tmp_path / "out")
