@@ -1,0 +1,35 @@
+"""What the commands share: the parser, JSON on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, NoReturn
+
+
+def print_json(data: object) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def progress(args: argparse.Namespace) -> Any:
+    from depthprune_runtime.progress import Progress
+
+    return Progress(visible=not args.quiet)
+
+
+def load(args: argparse.Namespace) -> Any:
+    from depthprune_runtime.engine.runtime import Runtime
+
+    return Runtime.load(args.model, args.device, args.dtype)
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a usage error, as for every other one."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_placement(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--dtype", default="auto", help=f"bf16, fp16 or fp32 {what} (default: the source's)")

@@ -1,0 +1,218 @@
+"""`depthprune prune` and `depthprune import`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from depthprune_runtime.cli.common import Parser, add_placement, print_json, progress
+from depthprune_runtime.errors import InputError
+
+# Options of single methods: command-line name -> field of the method's options.
+_METHOD_OPTIONS = {
+    "score": "score",
+    "protect_last": "protect_last",
+    "distance": "distance",
+    "front_protection": "front_protection",
+    "fast": "fast",
+    "state": "state_file",
+    "pairs_only": "pairs_only",
+    "keep_width": "keep_width",
+    "compensate": "compensate",
+    "leverage_lam": "leverage_lam",
+}
+
+
+def _summary(parent: Any, spec: Any) -> dict[str, Any]:
+    before, after = parent.num_parameters(), spec.num_parameters()
+    return {
+        "sublayers": len(spec.sublayers),
+        "parent_sublayers": len(parent.sublayers),
+        "parameters": after,
+        "parent_parameters": before,
+        "sparsity": 1 - after / before,
+    }
+
+
+def _repair_choice(args: argparse.Namespace) -> Any:
+    from depthprune_runtime.pruning.options import RepairOptions
+
+    given = {
+        "lam": args.repair_lam,
+        "weighting": args.repair_weighting,
+        "answers_for": args.repair_answers_for,
+        "samples": args.repair_samples,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.repair == "none" and given:
+        raise InputError(f"repair: none takes no options, got {', '.join(given)}")
+    return "none" if args.repair == "none" else RepairOptions(**given)
+
+
+def _prune_other(args: argparse.Namespace) -> None:
+    """Mamba and RWKV: whole blocks by Block Influence, written back as a Hugging Face folder."""
+    from depthprune_runtime.pruning.calibration import calibration_set
+    from depthprune_runtime.pruning.other_decoders import prune_other
+    from depthprune_runtime.texts import load_text
+
+    if args.method != "shortgpt":
+        raise InputError(f"method: Mamba and RWKV models can only be pruned by shortgpt, got {args.method}")
+    if args.sublayers is not None:
+        raise InputError(
+            "sublayers: Mamba and RWKV blocks are not made of attention and FFN; give --blocks or --sparsity"
+        )
+    text = load_text(args.calibration)
+    name = args.calibration if "/" not in args.calibration else Path(args.calibration).name
+    samples, seq_len = args.samples or 128, args.seq_len or 256
+    result = prune_other(
+        args.model,
+        args.output,
+        blocks=args.blocks,
+        sparsity=args.sparsity,
+        calibration=lambda encode: calibration_set(name, text, encode, samples, seq_len, args.seed),
+        score=args.score or "block-influence",
+        protect_last=args.protect_last is not False,
+        device=args.device,
+        dtype=args.dtype,
+        progress=progress(args),
+    )
+    if args.json:
+        print_json(
+            {
+                "output": str(result.path),
+                "dropped": list(result.dropped),
+                "parameters": result.parameters,
+                "parent_parameters": result.parent_parameters,
+                "sparsity": result.sparsity,
+            }
+        )
+        return
+    print(
+        f"{result.path}: {result.model_type}, dropped blocks {list(result.dropped)} of {result.parent_blocks}, without "
+        f"repair; sparsity {result.sparsity:.1%}, embeddings included; a Hugging Face folder"
+    )
+
+
+def _is_other_decoder(model: str) -> bool:
+    from depthprune_runtime.pruning.other_decoders import is_other_decoder
+
+    path = Path(model) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # whatever is wrong with it, opening it as a checkpoint says so
+    return isinstance(config, dict) and is_other_decoder(config)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from depthprune_runtime.pruning.prune import prune
+
+    if _is_other_decoder(args.model):
+        _prune_other(args)
+        return
+    options = {field: getattr(args, name) for name, field in _METHOD_OPTIONS.items()}
+    result = prune(
+        args.model,
+        args.output,
+        args.method,
+        blocks=args.blocks,
+        sublayers=args.sublayers,
+        sparsity=args.sparsity,
+        repair=_repair_choice(args),
+        calibration=args.calibration,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+        progress=progress(args),
+        **{field: value for field, value in options.items() if value is not None},
+    )
+    summary = _summary(result.parent, result.spec)
+    if args.json:
+        print_json({"output": str(result.path), **summary, "plan": result.plan.to_json()})
+        return
+    counts = {kind: sum(e.kind == kind for e in result.plan.edits) for kind in ("drop", "flatten", "narrow")}
+    did = ", ".join(f"{kind} {n}" for kind, n in counts.items() if n) or "nothing"
+    print(
+        f"{result.path}: {args.method} ({did}); {summary['sublayers']} of {summary['parent_sublayers']} sub-layers and "
+        f"{summary['parameters']:,} of {summary['parent_parameters']:,} parameters left "
+        f"(sparsity {result.sparsity:.1%}, embeddings included)"
+    )
+
+
+def _import(args: argparse.Namespace) -> None:
+    from depthprune_runtime.pruning.prune import import_model
+
+    spec = import_model(args.model, args.output, dtype=args.dtype, progress=progress(args))
+    if args.json:
+        print_json({"output": args.output, "parameters": spec.num_parameters(), "spec": spec.to_json()})
+    else:
+        print(f"{args.output}: {len(spec.sublayers)} sub-layers, {spec.num_parameters():,} parameters")
+
+
+def add_prune(commands: Any, common: Parser) -> None:
+    from depthprune_runtime.pruning.names import METHODS, REPAIRS
+
+    p = commands.add_parser("prune", parents=[common], help="make a dense model shallower, without training")
+    p.add_argument("model", metavar="MODEL", help="our file, a Hugging Face folder or hub id, or a GGUF file")
+    p.add_argument("-o", "--output", required=True, metavar="FILE", help="the pruned, self-contained file")
+    p.add_argument("--method", choices=METHODS, default="shortgpt")
+    size = p.add_mutually_exclusive_group(required=True)
+    size.add_argument("--blocks", type=int, metavar="N", help="N blocks fewer (finercut: their parameters)")
+    size.add_argument("--sublayers", type=int, metavar="N", help="finercut: sub-layers to drop")
+    size.add_argument(
+        "--sparsity", type=float, metavar="R", help="least share of parameters to remove, embeddings included"
+    )
+    p.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="TEXT",
+        help="UTF-8 file, or builtin (English that Python carries; default) or wikitext2",
+    )
+    p.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: what suits the method)")
+    p.add_argument("--seq-len", type=int, metavar="S", help="tokens in each (default: what suits the method)")
+    p.add_argument("--seed", type=int, default=0, help="which windows are drawn (default 0)")
+    p.add_argument(
+        "--repair", choices=REPAIRS, default="ridge", help="closed-form repair of what stays (default ridge)"
+    )
+    add_placement(p, "of the output")
+    _add_method_options(p)
+    p.set_defaults(run=_prune)
+
+
+def _add_method_options(p: argparse.ArgumentParser) -> None:
+    from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, SCORES, WEIGHTINGS
+
+    yes_or_no = argparse.BooleanOptionalAction
+    g = p.add_argument_group("shortgpt")
+    g.add_argument("--score", choices=SCORES, help=f"how blocks are ranked (default {SCORES[0]})")
+    g.add_argument("--protect-last", action=yes_or_no, default=None, help="never drop the last block (default on)")
+    g = p.add_argument_group("finercut")
+    g.add_argument("--distance", choices=DISTANCES, help=f"between dense and pruned outputs (default {DISTANCES[0]})")
+    g.add_argument("--front-protection", type=float, metavar="P", help="share of the front that goes last (0.4)")
+    g.add_argument("--fast", action="store_true", default=None, help="re-score only the most promising candidates")
+    g.add_argument("--state", metavar="FILE", help="save the search here after every step, and resume it from here")
+    g = p.add_argument_group("flattengpt")
+    g.add_argument("--pairs-only", action="store_true", default=None, help="merge no more than two blocks")
+    g.add_argument("--keep-width", type=float, metavar="R", help="0: original width (default), 1: as wide as merged")
+    g.add_argument("--no-narrow", dest="keep_width", action="store_const", const=1.0, help="the same as --keep-width 1")
+    g.add_argument(
+        "--compensate", action=yes_or_no, default=None, help="re-solve down_proj for lost channels (default)"
+    )
+    g.add_argument("--leverage-lam", type=float, metavar="L", help="ridge of channel scores, relative (default 10)")
+    g = p.add_argument_group("repair")
+    g.add_argument("--repair-lam", type=float, metavar="L", help="ridge, relative to the mean of the Gram diagonal")
+    g.add_argument("--repair-weighting", choices=WEIGHTINGS, help="of the tokens")
+    g.add_argument("--repair-answers-for", choices=ANSWERS, help="who answers for a dropped sub-layer")
+    g.add_argument("--repair-samples", type=int, metavar="N", help="windows of the repair's walk")
+
+
+def add_import(commands: Any, common: Parser) -> None:
+    p = commands.add_parser("import", parents=[common], help="write a dense model as one self-contained file")
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("-o", "--output", required=True, metavar="FILE")
+    p.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: the source's)")
+    p.set_defaults(run=_import)
