@@ -72,6 +72,14 @@ def _ranking_lines(plan: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+def _edit_text(edit: dict[str, Any]) -> str:
+    if edit["kind"] == "flatten":
+        return f"flatten blocks {'+'.join(map(str, edit['blocks']))}"
+    if edit["kind"] == "narrow":
+        return f"narrow {edit['sublayer']} to {len(edit['keep'])} units"
+    return f"{edit['kind']} {edit['sublayer']}"
+
+
 def render(description: dict[str, Any]) -> str:
     """Description for people."""
     plan = description["plan"]
@@ -92,7 +100,7 @@ def render(description: dict[str, Any]) -> str:
     if plan is None:
         lines.append("plan        none: dense")
     else:
-        edits = ", ".join(f"{e['kind']} {e['sublayer']}" for e in plan["edits"])
+        edits = ", ".join(_edit_text(e) for e in plan["edits"])
         lines.append(f"plan        {plan['method']}: {edits or 'no edits'}")
     lines += [
         "by block of the parent (# kept, . gone)",

@@ -194,3 +194,49 @@ def test_a_closed_pipe_is_quiet(pico_file):
     err = process.stderr.read()
     assert process.wait(timeout=60) == 1
     assert err == ""
+
+
+def test_finercut_resumes_and_is_drawn(pico_file, tmp_path, capsys):
+    args = ["prune", pico_file, "--method", "finercut", "--state", tmp_path / "state.json", "-q", *SMALL]
+    assert run(capsys, *args, "-o", tmp_path / "a", "--sublayers", 2)[0] == 0
+    status, out, err = run(capsys, *args, "-o", tmp_path / "b", "--sublayers", 3, "--repair", "none", "--json")
+    assert (status, err) == (0, "")
+    ranking = json.loads(out)["plan"]["settings"]["ranking"]
+    assert [r["step"] for r in ranking] == [1, 2, 3]
+    picture = tmp_path / "map.png"
+    status, out, _ = run(capsys, "inspect", tmp_path / "b", "--plot", picture)
+    assert status == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert out.count(".") >= 3
+    assert ".png" in one_line(capsys, "inspect", tmp_path / "b", "--plot", tmp_path / "map.txt")
+
+
+def test_flattengpt_is_inspected(pico_file, tmp_path, capsys):
+    path = tmp_path / "f"
+    assert run(capsys, "prune", pico_file, "-o", path, "--method", "flattengpt", "--blocks", 1, "-q", *SMALL)[0] == 0
+    report = json.loads(run(capsys, "inspect", path, "--json")[1])
+    assert sorted(e["kind"] for e in report["plan"]["edits"]) == ["flatten", "narrow", "narrow"]
+    assert report["plan"]["settings"]["repair"]["lam"] > 0
+    assert "22" in run(capsys, "inspect", path)[1]
+
+
+def test_options_of_another_method_are_refused(pico_file, tmp_path, capsys):
+    prune = ["prune", pico_file, "-o", tmp_path / "out", "--blocks", 1, "-q", *SMALL]
+    assert "method shortgpt: unknown options" in one_line(capsys, *prune, "--distance", "kl")
+    assert "none takes no options" in one_line(capsys, *prune, "--repair", "none", "--repair-lam", 1)
+    assert "only finercut" in one_line(capsys, "prune", pico_file, "-o", tmp_path / "out", "--sublayers", 1, "-q")
+
+
+def test_mamba_becomes_a_folder(tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    config = MambaConfig(vocab_size=pico.VOCAB_SIZE, hidden_size=16, num_hidden_layers=4, state_size=4)
+    torch.manual_seed(0)
+    folder = pico.save(AutoModelForCausalLM.from_config(config), tmp_path / "mamba")
+    args = ["prune", folder, "-o", tmp_path / "out", "--blocks", 1, "-q", *SMALL]
+    status, out, _ = run(capsys, *args, "--json")
+    assert status == 0
+    assert len(json.loads(out)["dropped"]) == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 3
+    assert "only be pruned by shortgpt" in one_line(capsys, *args, "--method", "flattengpt")

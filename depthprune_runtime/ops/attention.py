@@ -35,25 +35,35 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tenso
         grouped = q.view(1, k.shape[1], num_heads // k.shape[1], head_dim)
         out = sdpa(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)
         return out.view(1, num_heads, head_dim)
-    context = k.shape[0]
+    return _attend_many(q[None], k[None], v[None], scale, window)[0]
+
+
+def _attend_many(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """B sequences of one length: q [B, Tq, H, D] are the last Tq of the S tokens in k, v [B, S, K, D]."""
+    num_queries, context = q.shape[1], k.shape[1]
     plain = context == num_queries and (window <= 0 or window >= context)
     mask = None if plain else _causal_mask(num_queries, context, window, q.device)
     out = sdpa(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         attn_mask=mask,
         is_causal=plain,
         scale=scale,
-        enable_gqa=num_heads != k.shape[1],
+        enable_gqa=q.shape[2] != k.shape[2],
     )
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2)
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> Tensor:
     bounds = cu_seqlens.tolist()
     if len(bounds) == 2:
         return _attend(q, k, v, scale, window)
+    lengths = {end - start for start, end in itertools.pairwise(bounds)}
+    if len(lengths) == 1:  # one call is two to three times as fast on a CPU as one a sequence
+        shape = (len(bounds) - 1, lengths.pop())
+        many = _attend_many(q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), scale, window)
+        return many.flatten(0, 1)
     out = torch.empty_like(q)
     for start, end in itertools.pairwise(bounds):
         out[start:end] = _attend(q[start:end], k[start:end], v[start:end], scale, window)
