@@ -68,12 +68,13 @@ class FlattenGPTOptions:
 @dataclass(frozen=True)
 class RepairOptions:
     """lam: ridge relative to the mean of the Gram diagonal; weighting: of the tokens; answers_for: whether a dropped
-    sub-layer is answered for by the kept one before or after it; samples, seq_len: windows of the walk."""
+    sub-layer is answered for by the kept one before or after it; samples, seq_len: windows of the walk, fewer if the
+    text has no more."""
 
-    lam: float = 0.1
+    lam: float = 0.05
     weighting: Weighting = "rms"
     answers_for: Answers = "before"
-    samples: int = 64
+    samples: int = 128
     seq_len: int = 512
 
     def __post_init__(self) -> None:

@@ -125,11 +125,15 @@ class Calibrator:
         self._samples, self._seq_len, self._seed = samples, seq_len, seed
         self._context = checkpoint.spec.max_position_embeddings
 
-    def windows(self, samples: int, seq_len: int) -> CalibrationSet:
+    def windows(self, samples: int, seq_len: int, at_most: bool = False) -> CalibrationSet:
+        """`samples` windows of `seq_len` tokens unless the caller chose other numbers; at_most: fewer (but at least
+        an eighth) if the text has no more."""
         if self._seq_len is not None and self._seq_len > self._context:
             raise InputError(f"seq_len: expected at most the model's context of {self._context}, got {self._seq_len}")
         samples = samples if self._samples is None else self._samples
         seq_len = min(seq_len, self._context) if self._seq_len is None else self._seq_len
+        if at_most and self._samples is None:
+            samples = max(min(samples, len(self._ids) // seq_len), math.ceil(samples / 8))
         return calibration_set(self._name, self._text, lambda _: self._ids, samples, seq_len, self._seed)
 
 
@@ -283,7 +287,7 @@ def _rebuild(
     if not plan.edits or (mending is None and (narrowing is None or not narrowing.units)):
         return PrunedCheckpoint(parent, plan), plan
     size = mending or RepairOptions()
-    data = calibrator.windows(size.samples, size.seq_len)
+    data = calibrator.windows(size.samples, size.seq_len, at_most=True)
     repaired = {"repair": None if mending is None else {**asdict(mending), "calibration": data.description}}
     plan = replace(plan, settings={**plan.settings, **repaired})
     rebuild = Rebuild(parent, plan, narrowing, mending, device)
