@@ -2,8 +2,9 @@
 
     python benchmarks/demo.py WEIGHTS.gguf [--json]
 
-Imports the model, drops 3 and 6 of its 30 blocks by Block Influence, and prints a before/after table and
-a sample of each. Calibration and test text are separate halves of the help texts that Python carries.
+Imports the model, drops 3 and 6 of its 30 blocks by Block Influence, without and with a (small) repair, and
+prints a before/after table and a sample of each. Calibration and test text are separate parts of the help
+texts that Python carries.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from common import interleaved, print_json, spread
 
 from depthprune_runtime import Runtime, import_model, perplexity, prune
 from depthprune_runtime.progress import Progress
+from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.texts import load_text
 
 PROMPT = "A good way to learn a new language is"
-BLOCKS = (3, 6)
+CASES = ((3, "none"), (3, "ridge"), (6, "ridge"))  # blocks to drop, repair
 NEW_TOKENS = 48
 PREFILL = 512
 
@@ -51,10 +53,11 @@ def main() -> None:
         dense = Path(folder) / "dense.safetensors"
         import_model(args.weights, dense, progress=Progress(True))
         files = {"dense": dense}
-        for blocks in BLOCKS:
-            path = Path(folder) / f"pruned-{blocks}.safetensors"
-            prune(dense, path, "shortgpt", blocks=blocks, progress=Progress(True))
-            files[f"ShortGPT, {blocks} dropped"] = path
+        for blocks, repair in CASES:
+            path = Path(folder) / f"pruned-{blocks}-{repair}.safetensors"
+            mend = "none" if repair == "none" else RepairOptions(samples=32)
+            prune(dense, path, "shortgpt", blocks=blocks, repair=mend, progress=Progress(True))
+            files[f"{blocks} dropped{'' if repair == 'none' else ', repaired'}"] = path
         rows = table({name: Runtime.load(path) for name, path in files.items()})
     if args.json:
         print_json(rows)

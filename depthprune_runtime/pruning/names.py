@@ -13,6 +13,7 @@ Answers = Literal["before", "after"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 SCORES: tuple[Score, ...] = get_args(Score)
+RANKINGS = SCORES[:-1]  # a score for every block; after-repair chooses spans instead
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)

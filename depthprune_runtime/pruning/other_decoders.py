@@ -18,7 +18,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.calibration import CalibrationSet
-from depthprune_runtime.pruning.names import SCORES, Score
+from depthprune_runtime.pruning.names import RANKINGS, Score
 from depthprune_runtime.pruning.other_blocks import (
     OTHER_FAMILIES,
     batches,
@@ -72,8 +72,8 @@ def is_other_decoder(config: Mapping[str, Any]) -> bool:
 
 def _check_request(blocks: int | None, sparsity: float | None, score: str, count: int, removable: int) -> None:
     """All that can be refused before weights are read."""
-    if score not in SCORES:
-        raise InputError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    if score not in RANKINGS:
+        raise InputError(f"score: expected one of {', '.join(RANKINGS)}, got {score!r}")
     if (blocks is None) == (sparsity is None):
         raise InputError("expected exactly one of blocks and sparsity")
     if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int) or not 0 <= blocks <= removable):

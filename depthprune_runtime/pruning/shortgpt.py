@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning.calibration import CalibrationSet, stream_hidden_states
-from depthprune_runtime.pruning.names import SCORES, Score
+from depthprune_runtime.pruning.names import RANKINGS, Score
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.spec import DecoderSpec
 
@@ -100,8 +100,8 @@ def plan_shortgpt(
     progress: Progress = lambda: None,
 ) -> PrunePlan:
     """Drop the `blocks` blocks with the lowest score. (`after-repair` is `after_repair.plan_after_repair`.)"""
-    if score not in SCORES or score == "after-repair":
-        raise InputError(f"score: expected one of {', '.join(SCORES[:-1])}, got {score!r}")
+    if score not in RANKINGS:
+        raise InputError(f"score: expected one of {', '.join(RANKINGS)}, got {score!r}")
     pairs = block_pairs(checkpoint.spec)
     removable = len(pairs) - int(protect_last)
     if not 0 <= blocks <= removable or blocks >= len(pairs):
