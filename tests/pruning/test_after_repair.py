@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from depthprune_runtime import InputError, prune
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.pruning.after_repair import choose_spans, span_errors
 
@@ -83,3 +84,16 @@ def test_the_choice_is_the_best_of_all(blocks, seed, protect, max_span, data):
         return
     assert len(set(dropped)) == len(dropped) == drop
     assert cost(errors, dropped) == pytest.approx(min(possible))
+
+
+def test_it_prunes(pico_file, tmp_path):
+    small = {"samples": 6, "seq_len": 40}
+    result = prune(pico_file, tmp_path / "p", "shortgpt", blocks=2, score="after-repair", **small)
+    settings = result.plan.settings
+    chosen = [b for first, n in settings["spans"] for b in range(first, first + n)]
+    assert result.plan.dropped() == {i for b in chosen for i in (2 * b, 2 * b + 1)}
+    errors = {(b, n): e for b, n, e in settings["span_errors"]}
+    best = min(c for d in itertools.combinations(range(5), 2) if (c := cost(errors, d)) is not None)
+    assert cost(errors, chosen) == pytest.approx(best)
+    with pytest.raises(InputError, match="blocks: expected 0 to 5"):
+        prune(pico_file, tmp_path / "q", "shortgpt", blocks=6, score="after-repair", **small)
