@@ -7,7 +7,6 @@ under CPU or CUDA and override it. `torch.library.custom_op` would cost 18 us a 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -46,10 +45,3 @@ def implementations(name: str) -> dict[str, str]:
         native = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
         found[key] = "native" if native else "reference"
     return found
-
-
-@contextlib.contextmanager
-def no_gradients() -> Any:
-    """Inference mode: the ops mutate buffers in place and have no backward."""
-    with torch.inference_mode():
-        yield
