@@ -3,9 +3,11 @@
     python benchmarks/bench_quality.py WEIGHTS.gguf [--variants "shortgpt;flattengpt"] [--blocks 0,3,6]
         [--repairs none,ridge] [--seeds 0,1,2] [--calibration wikitext2] [--tasks piqa,... --limit 500]
 
-Perplexity is WikiText-2 test as it stands, the first 32 windows of 1024 tokens; zero-shot accuracy only with
---tasks. Rows that are there already for this version of the code are not measured again. Needs $DEPTHPRUNE_DATA (or
-the extra [data]). Every configuration runs in a process of its own, so that its peak memory is its own.
+FinerCut's search is kept between depths of one variant: the time of a row that finds its sub-layers there (largest
+depth first) is that of the rest. Perplexity is WikiText-2 test as it stands, the first 32 windows of 1024 tokens;
+zero-shot accuracy only with --tasks. Rows that are there already for this version of the code are not measured
+again. Needs $DEPTHPRUNE_DATA (or the extra [data]). Every configuration runs in a process of its own, so that its
+peak memory is its own.
 """
 
 from __future__ import annotations
@@ -25,37 +27,76 @@ from common import RESULTS, append_rows, environment, print_json
 WINDOWS = 32
 SEQ_LEN = 1024
 # Variants: method and options by the name they have in the rows.
+PAPER = {"grouping": "similarity", "selection": "importance"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", {}),
-    "shortgpt, after-repair": ("shortgpt", {"score": "after-repair"}),
-    "finercut": ("finercut", {"fast": True}),
+    "shortgpt, block influence": ("shortgpt", {"score": "block-influence"}),
+    "finercut, fast": ("finercut", {"fast": True}),
+    "finercut": ("finercut", {}),
     "flattengpt": ("flattengpt", {}),
     "flattengpt, pairs only": ("flattengpt", {"pairs_only": True}),
-    "flattened, wide": ("flattengpt", {"keep_width": 1.0}),
-    "flattengpt, no compensation": ("flattengpt", {"compensate": False}),
+    # the ablation that the paper lacks: each adds to the one before it, `flattengpt` with ridge to the last
+    "flattened, wide": ("flattengpt", {**PAPER, "keep_width": 1.0}),
+    "flattened, heads narrowed": ("heads", PAPER),
+    "flattened, heads and channels": ("flattengpt", {**PAPER, "compensate": False}),
+    "flattengpt, paper's choices": ("flattengpt", PAPER),
 }
+
+
+def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
+    """FlattenGPT that narrows attention but leaves the merged FFNs wide: no option of `prune`, only an ablation."""
+    import torch
+
+    from depthprune_runtime.checkpoint import open_checkpoint, write_native
+    from depthprune_runtime.pruning import prune as pipeline
+    from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
+    from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
+
+    chosen, cpu = FlattenGPTOptions(**options), torch.device("cpu")
+    parent = open_checkpoint(task["dense"])
+    calibrator = pipeline.Calibrator(parent, task["calibration"], None, None, task["seed"])
+    size = RepairOptions()
+    with torch.inference_mode():
+        data = calibrator.windows(64, 512)
+        plan = pipeline.plan_flattengpt(parent, task["blocks"], data, cpu, chosen)
+        units = pipeline.kept_units(parent.spec, plan, 0.0)
+        attention = {first: keep for first, keep in units.items() if first % 2 == 0}
+        rebuild = Rebuild(parent, plan, Narrowing(attention, chosen), None, cpu)
+        pruned, plan = rebuild.run(rebuild.walk(calibrator.windows(size.samples, size.seq_len).windows))
+    write_native(Path(task["output"]), pruned)
+    return pipeline.PruneResult(Path(task["output"]), parent.spec, pruned.spec, plan)
+
+
+def prune_variant(task: dict[str, Any]) -> Any:
+    from depthprune_runtime import prune
+
+    method, options = VARIANTS[task["variant"]]
+    if method == "heads":
+        return prune_heads(task, options)
+    if method == "finercut":  # a ranking only grows: less depth is the head of a longer search
+        options = {**options, "state_file": task["state"]}
+    return prune(
+        task["dense"],
+        task["output"],
+        method,  # type: ignore[arg-type]
+        blocks=task["blocks"],
+        repair=task["repair"],
+        calibration=task["calibration"],
+        seed=task["seed"],
+        **options,
+    )
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: prune (or take the dense model) and score."""
     import resource
 
-    from depthprune_runtime import Runtime, perplexity, prune
+    from depthprune_runtime import Runtime, perplexity
     from depthprune_runtime.texts import load_text
 
     start = time.perf_counter()
     if task["blocks"]:
-        method, options = VARIANTS[task["variant"]]
-        result = prune(
-            task["dense"],
-            task["output"],
-            method,  # type: ignore[arg-type]
-            blocks=task["blocks"],
-            repair=task["repair"],
-            calibration=task["calibration"],
-            seed=task["seed"],
-            **options,
-        )
+        result = prune_variant(task)
         parameters, sparsity = result.spec.num_parameters(), result.sparsity
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -94,8 +135,8 @@ KEY = ("variant", "blocks_fewer", "repair", "calibration", "seed", "tasks", "com
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
-    parser.add_argument("--variants", default="shortgpt;shortgpt, after-repair;flattengpt", help="separated by ;")
-    parser.add_argument("--blocks", default="0,3,6")
+    parser.add_argument("--variants", default="shortgpt;finercut, fast;flattengpt", help="separated by ;")
+    parser.add_argument("--blocks", default="9,6,3,2,0")
     parser.add_argument("--repairs", default="none,ridge")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--calibration", default="wikitext2")
@@ -143,6 +184,7 @@ def run(args: argparse.Namespace, task: dict[str, Any], dense: Path) -> dict[str
     names = [t for t in args.tasks.split(",") if t]
     order = {**task, "calibration": args.calibration, "dense": str(dense), "tasks": names, "limit": args.limit}
     order["output"] = str(dense.with_name("pruned.safetensors"))
+    order["state"] = str(dense.with_name(f"{task['variant']}-{args.calibration}-{task['seed']}.json"))
     done_process = subprocess.run(
         [sys.executable, __file__, str(args.weights), "--worker", json.dumps(order)],
         stdout=subprocess.PIPE, text=True, check=True,

@@ -18,6 +18,8 @@ _METHOD_OPTIONS = {
     "front_protection": "front_protection",
     "fast": "fast",
     "state": "state_file",
+    "grouping": "grouping",
+    "selection": "selection",
     "pairs_only": "pairs_only",
     "keep_width": "keep_width",
     "compensate": "compensate",
@@ -72,7 +74,7 @@ def _prune_other(args: argparse.Namespace) -> None:
         blocks=args.blocks,
         sparsity=args.sparsity,
         calibration=lambda encode: calibration_set(name, text, encode, samples, seq_len, args.seed),
-        score=args.score or "block-influence",
+        score="block-influence" if args.score in (None, "auto") else args.score,
         protect_last=args.protect_last is not False,
         device=args.device,
         dtype=args.dtype,
@@ -184,11 +186,11 @@ def add_prune(commands: Any, common: Parser) -> None:
 
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
-    from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, SCORES, WEIGHTINGS
+    from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, GROUPINGS, SCORES, SELECTIONS, WEIGHTINGS
 
     yes_or_no = argparse.BooleanOptionalAction
     g = p.add_argument_group("shortgpt")
-    g.add_argument("--score", choices=SCORES, help=f"how blocks are ranked (default {SCORES[0]})")
+    g.add_argument("--score", choices=SCORES, help="how blocks are chosen; auto: after-repair if a repair follows")
     g.add_argument("--protect-last", action=yes_or_no, default=None, help="never drop the last block (default on)")
     g = p.add_argument_group("finercut")
     g.add_argument("--distance", choices=DISTANCES, help=f"between dense and pruned outputs (default {DISTANCES[0]})")
@@ -196,6 +198,8 @@ def _add_method_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--fast", action="store_true", default=None, help="re-score only the most promising candidates")
     g.add_argument("--state", metavar="FILE", help="save the search here after every step, and resume it from here")
     g = p.add_argument_group("flattengpt")
+    g.add_argument("--grouping", choices=GROUPINGS, help="which blocks merge; auto: after-repair if a repair follows")
+    g.add_argument("--selection", choices=SELECTIONS, help="which units stay; auto: after-repair if a repair follows")
     g.add_argument("--pairs-only", action="store_true", default=None, help="merge no more than two blocks")
     g.add_argument("--keep-width", type=float, metavar="R", help="0: original width (default), 1: as wide as merged")
     g.add_argument("--no-narrow", dest="keep_width", action="store_const", const=1.0, help="the same as --keep-width 1")

@@ -12,6 +12,7 @@ choice is not a ranking of blocks: dynamic programming finds the disjoint spans 
 
 from __future__ import annotations
 
+import collections
 import math
 from dataclasses import dataclass
 
@@ -25,12 +26,14 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.progress import Advance
+from depthprune_runtime.pruning import linalg
+from depthprune_runtime.pruning import states as token_states
 from depthprune_runtime.pruning.calibration import CalibrationSet, window_batches
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.states import TokenStates
 
-_MAX_SPAN = 6  # blocks; longer spans are seldom cheap, and every length costs a regression a block
+MAX_SPAN = 6  # blocks; longer spans are seldom cheap, and every length costs a regression a block
 
 Errors = dict[tuple[int, int], float]  # (first block, number of blocks) -> error
 
@@ -41,8 +44,8 @@ class _Start:
 
     states: TokenStates  # [N, S, C] entering the block
     inner: TokenStates | None  # [N, S, F] psi of the FFN before it; None at the first block
-    factors: tuple[Tensor, Tensor] | None  # Cholesky of the regularised Gram matrix [F, F], a half each
-    grams: tuple[Tensor, Tensor] | None  # Gram matrix [F, F], a half each
+    grams: tuple[Tensor, ...] = ()  # Gram matrix [F, F] float32, a half each
+    factors: tuple[Tensor, ...] = ()  # Cholesky of the regularised Gram matrix [F, F] float64, a half each
 
 
 def _weights(states: Tensor) -> Tensor:  # [T, C] -> [T, 1]
@@ -54,58 +57,98 @@ def _halves(count: int) -> tuple[range, range]:
     return range(middle), range(middle, count)
 
 
-def _gram(start_states: TokenStates, inner: TokenStates, batches: range) -> Tensor:  # [F, F] float64
-    total: Tensor | None = None
+def _gram(states: TokenStates, inner: TokenStates, batches: range) -> Tensor:  # [F, F] float32
+    width = inner.values.shape[-1]
+    total = linalg.zeros((width, width), torch.float32, inner.values.device)
     for b in batches:
-        z = inner.batch(b).float()
-        part = (z * _weights(start_states.batch(b))).T @ z
-        total = part if total is None else total + part
-    assert total is not None
-    return total.double()
+        z = inner.batch(b)
+        linalg.accumulate_(total, z, z, _weights(states.batch(b)))
+    return total
 
 
 def _begin(states: TokenStates, inner: TokenStates | None, lam: float) -> _Start:
     if inner is None:
-        return _Start(states, None, None, None)
-    first, second = (_gram(states, inner, half) for half in _halves(len(states)))
-    factors = []
-    for gram in (first, second):
-        system = gram.clone()
-        system.diagonal().add_(lam * float(gram.diagonal().mean()) + 1e-30)
-        factors.append(torch.linalg.cholesky(system))
-    return _Start(states, inner, (factors[0], factors[1]), (first, second))
+        return _Start(states, None)
+    grams = tuple(_gram(states, inner, half) for half in _halves(len(states)))
+    systems = [linalg.gather_symmetric(gram) for gram in grams]
+    for system in systems:
+        linalg.add_ridge_(system, lam)
+    return _Start(states, inner, grams, tuple(linalg.cholesky_(system) for system in systems))
 
 
 def _moments(start: _Start, end: TokenStates, batches: range) -> tuple[Tensor | None, float]:
     """psi' w r [F, C] and sum of w |r|^2 over `batches`, r = end - start."""
     cross: Tensor | None = None
+    if start.inner is not None:
+        shape = (start.inner.values.shape[-1], end.values.shape[-1])
+        cross = linalg.zeros(shape, torch.float32, end.values.device)
     energy = 0.0
     for b in batches:
         states = start.states.batch(b)
         weights = _weights(states)
         change = end.batch(b) - states
         energy += float((weights * change.pow(2)).sum())
-        if start.inner is not None:
-            part = (start.inner.batch(b).float() * weights).T @ change
-            cross = part if cross is None else cross + part
-    return (None if cross is None else cross.double()), energy
+        if start.inner is not None and cross is not None:
+            linalg.accumulate_(cross, start.inner.batch(b), change, weights)
+    return cross, energy
 
 
 def _span_error(start: _Start, end: TokenStates) -> float:
     """e(b, n): fitted on each half, measured on the other."""
-    halves = _halves(len(start.states))
-    moments = [_moments(start, end, half) for half in halves]
+    moments = [_moments(start, end, half) for half in _halves(len(start.states))]
     tokens = start.states.values.shape[0] * start.states.values.shape[1]
-    if start.factors is None or start.grams is None:
-        return sum(energy for _, energy in moments) / tokens
     total = 0.0
     for fit, held in ((0, 1), (1, 0)):
         cross_fit, (cross_held, energy) = moments[fit][0], moments[held]
-        assert cross_fit is not None and cross_held is not None
-        solution = torch.cholesky_solve(cross_fit, start.factors[fit])
-        explained = 2.0 * (solution * cross_held).sum() - (solution * (start.grams[held] @ solution)).sum()
-        total += energy - float(explained)
+        total += energy
+        if cross_fit is None or cross_held is None:
+            continue
+        right = linalg.empty_column_major(cross_fit.shape[0], cross_fit.shape[1], torch.float64, cross_fit.device)
+        right.copy_(cross_fit)
+        solution = linalg.cholesky_solve_(start.factors[fit], right)
+        total -= 2.0 * linalg.inner_product(solution, cross_held)
+        total += linalg.inner_product(solution, linalg.multiply(start.grams[held], solution))
     return total / tokens
+
+
+class _Pass:
+    """One pass of the dense model, block by block, that keeps what every block takes in and its FFN's psi."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Tensor, device: torch.device, dtype: torch.dtype, kept: int
+    ) -> None:
+        self._spec = checkpoint.spec
+        self._loader = SublayerLoader(self._spec, checkpoint.tensor, device, dtype)
+        self._count, self._seq_len = windows.shape
+        halves = max(self._seq_len, self._count // 2 * self._seq_len)  # at least two batches: the halves
+        self._batch_tokens = min(token_states.batch_tokens(self._spec), halves)
+        self._limit = token_states.MEMORY_LIMIT // (2 * kept)
+        self.entering = self._buffer(self._spec.hidden_size, torch.float32)
+        self.inner: TokenStates | None = None  # psi of the FFN last run
+        table = self._loader.tensor("embed_tokens.weight")
+        for n, window in enumerate(windows):
+            self.entering.values[n] = embedding(window.to(device), table).float()
+
+    def _buffer(self, width: int, dtype: torch.dtype) -> TokenStates:
+        device = self._loader.device
+        return TokenStates(self._count, self._seq_len, width, device, self._batch_tokens, dtype, self._limit)
+
+    def run(self, block: tuple[int, int]) -> None:
+        """Go through one block; the states before it are left alone."""
+        after = self._buffer(self._spec.hidden_size, torch.float32)
+        after.copy_from(self.entering)
+        for i in block:
+            sublayer = self._loader.sublayer(i)
+            inner: TokenStates | None = None
+            for b in range(len(after)):
+                flat = after.batch(b)
+                hidden = ops.rms_norm(flat, sublayer.norm.float(), self._spec.rms_norm_eps).to(self._loader.dtype)
+                z = sublayer.inner(hidden, packed(window_batches(flat.shape[0], self._seq_len), self._loader.device))
+                if i == block[1]:
+                    inner = self._buffer(z.shape[1], z.dtype) if inner is None else inner
+                    inner.batch(b).copy_(z)
+                flat += sublayer.project(z).float()
+        self.entering, self.inner = after, inner
 
 
 def span_errors(
@@ -113,46 +156,36 @@ def span_errors(
     windows: Tensor,  # [N, S] int64
     device: torch.device,
     dtype: torch.dtype,
-    max_span: int = _MAX_SPAN,
+    max_span: int = MAX_SPAN,
     lam: float = 0.1,
     advance: Advance = lambda: None,
 ) -> Errors:
-    """Error of every span of at most `max_span` blocks, in one pass of the dense model. lam: relative ridge."""
-    spec = checkpoint.spec
-    pairs = block_pairs(spec)
-    loader = SublayerLoader(spec, checkpoint.tensor, device, dtype)
-    count, seq_len = windows.shape
-    batch_tokens = min(4096, max(seq_len, count // 2 * seq_len))  # at least two batches: the halves
+    """Error of every span of at most `max_span` blocks, in one pass of the dense model. lam: relative ridge.
 
-    def buffer(width: int, kind: torch.dtype) -> TokenStates:
-        return TokenStates(count, seq_len, width, device, batch_tokens, kind)
-
-    states = buffer(spec.hidden_size, torch.float32)
-    table = loader.tensor("embed_tokens.weight")
-    for n, window in enumerate(windows):
-        states.values[n] = embedding(window.to(device), table).float()
+    States and psi of max_span + 1 blocks are kept, so that only one block's Gram matrices and factors are needed
+    at a time. advance: called once a block.
+    """
+    pairs = block_pairs(checkpoint.spec)
+    dense = _Pass(checkpoint, windows, device, dtype, kept=max_span + 1)
+    # states entering block first, first + 1, ..., each with psi of the FFN before it
+    kept = collections.deque([(dense.entering, dense.inner)])
     errors: Errors = {}
-    starts: dict[int, _Start] = {0: _begin(states, None, lam)}
-    for block, pair in enumerate(pairs):
-        after = buffer(spec.hidden_size, torch.float32)
-        after.copy_from(states)
-        inner: TokenStates | None = None
-        for i in pair:
-            sublayer = loader.sublayer(i)
-            for b in range(len(after)):
-                flat = after.batch(b)
-                hidden = ops.rms_norm(flat, sublayer.norm.float(), spec.rms_norm_eps).to(dtype)
-                z = sublayer.inner(hidden, packed(window_batches(flat.shape[0], seq_len), device))
-                if i == pair[1]:
-                    inner = buffer(z.shape[1], dtype) if inner is None else inner
-                    inner.batch(b).copy_(z)
-                flat += sublayer.project(z).float()
-        for first, start in starts.items():
-            errors[first, block + 1 - first] = _span_error(start, after)
-        starts.pop(block + 1 - max_span, None)
-        starts[block + 1] = _begin(after, inner, lam)
-        states = after
+
+    def finish(first: int) -> None:
+        """All spans that begin at `first`, the oldest block kept."""
+        begin, inner = kept.popleft()
+        start = _begin(begin, inner, lam)
+        for n, (end, _) in enumerate(kept, 1):
+            errors[first, n] = _span_error(start, end)
         advance()
+
+    for block, pair in enumerate(pairs):
+        dense.run(pair)
+        kept.append((dense.entering, dense.inner))
+        if len(kept) > max_span:
+            finish(block + 1 - max_span)
+    while len(kept) > 1:
+        finish(len(pairs) + 1 - len(kept))
     return errors
 
 
@@ -167,29 +200,47 @@ def plan_after_repair(
 ) -> PrunePlan:
     """Drop the `blocks` blocks whose spans leave the least error. The plan keeps every span's error."""
     pairs = block_pairs(checkpoint.spec)
-    removable = len(pairs) - int(protect_last)
-    if not 0 <= blocks <= removable:
-        raise InputError(f"blocks: expected 0 to {removable} of {len(pairs)}, got {blocks}")
+    dropped_blocks(equal_errors(len(pairs)), len(pairs), blocks, protect_last)
     errors = span_errors(checkpoint, calibration.windows, device, checkpoint.dtype, advance=advance)
     if not all(math.isfinite(e) for e in errors.values()):
         raise InputError("model: its hidden states are not finite; its weights are damaged")
-    spans = choose_spans(errors, len(pairs), blocks, protect_last)
-    gone = sorted(b for first, n in spans for b in range(first, first + n))
-    if len(gone) != blocks:
-        raise InputError(f"blocks: {blocks} of {len(pairs)} cannot go in spans of at most {_MAX_SPAN}; ask for fewer")
+    gone = dropped_blocks(errors, len(pairs), blocks, protect_last)
     settings = {
         "blocks": blocks,
         "score": "after-repair",
         "protect_last": protect_last,
         "calibration": calibration.description,
-        "spans": [list(s) for s in spans],
         "span_errors": [[first, n, error] for (first, n), error in sorted(errors.items())],
     }
     return PrunePlan("shortgpt", parent_digest, tuple(Drop(i) for b in gone for i in pairs[b]), settings)
 
 
-def choose_spans(errors: Errors, blocks: int, drop: int, protect_last: bool) -> list[tuple[int, int]]:
-    """Disjoint spans (first, length), a kept block between any two, of `drop` blocks in all with the least error."""
+def equal_errors(blocks: int) -> Errors:
+    """All spans there can be, with no error: tells what is possible before anything is measured."""
+    return {(b, n): 0.0 for b in range(blocks) for n in range(1, min(MAX_SPAN, blocks - b) + 1)}
+
+
+def dropped_blocks(errors: Errors, blocks: int, drop: int, protect_last: bool) -> list[int]:
+    """The `drop` blocks whose spans leave the least error, in order; refuses numbers that cannot go."""
+    removable = blocks - int(protect_last)
+    if not 0 <= drop <= removable:
+        raise InputError(f"blocks: expected 0 to {removable} of {blocks}, got {drop}")
+    gone = sorted(b for f, n in choose_spans(errors, blocks, drop, protect_last) for b in range(f, f + n))
+    if len(gone) != drop:
+        raise InputError(
+            f"blocks: {drop} of {blocks} cannot go in spans of at most {MAX_SPAN}; ask for fewer, or score "
+            "block-influence"
+        )
+    return gone
+
+
+def choose_spans(
+    errors: Errors, blocks: int, drop: int, protect_last: bool, protect_first: bool = False
+) -> list[tuple[int, int]]:
+    """Disjoint spans (first, length), a kept block between any two, of `drop` blocks in all with the least error.
+
+    Empty if there are none. protect_first: there is a kept block before every span.
+    """
     last = blocks - 1 if protect_last else blocks
     # best[b][k]: least error with k of the first b blocks dropped and block b (if any) kept
     best: list[list[tuple[float, list[tuple[int, int]]]]] = []
@@ -201,7 +252,7 @@ def choose_spans(errors: Errors, blocks: int, drop: int, protect_last: bool) -> 
             options = [best[b - 1][k]] if b > 0 else []
             for n in range(1, min(k, b) + 1):
                 first = b - n
-                if (first, n) not in errors:
+                if (first, n) not in errors or (first == 0 and protect_first):
                     continue
                 before = best[first - 1][k - n] if first > 0 else ((0.0, []) if k == n else nothing)
                 options.append((before[0] + errors[first, n], [*before[1], (first, n)]))

@@ -19,8 +19,10 @@ from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
+from depthprune_runtime.pruning import states
 
-_BATCH_TOKENS = 4096  # tokens per forward pass: large enough for GEMM speed, small enough for memory
+_BATCH_TOKENS = 4096  # tokens per forward pass, at most
+_RING = 3  # buffers: entering a block, between its sub-layers, leaving it
 
 
 def window_batches(tokens: int, seq_len: int) -> list[int]:
@@ -74,25 +76,30 @@ def stream_hidden_states(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (sub-layer, hidden states entering it, hidden states leaving it), both [n, S, C], batch by batch.
 
-    Sub-layers come in order; all batches of one come before the next. The residual stream stays in
-    memory on `device`: N * S * C elements.
+    Sub-layers come in order; all batches of one come before the next. The residual stream, N * S * C elements,
+    is kept three times over on `device` (on disk above a limit): what is yielded is a view, and what entered a
+    sub-layer stays valid until the next one is through.
     """
-    seq_len = windows.shape[1]
-    if seq_len > checkpoint.spec.max_position_embeddings:
+    count, seq_len = windows.shape
+    spec = checkpoint.spec
+    if seq_len > spec.max_position_embeddings:
         raise InputError(
-            f"seq_len: expected at most the model's context of {checkpoint.spec.max_position_embeddings}, got {seq_len}"
+            f"seq_len: expected at most the model's context of {spec.max_position_embeddings}, got {seq_len}"
         )
-    loader = SublayerLoader(checkpoint.spec, checkpoint.tensor, device, dtype)
-    per_batch = max(1, _BATCH_TOKENS // seq_len)
+    loader = SublayerLoader(spec, checkpoint.tensor, device, dtype)
+    limit = states.MEMORY_LIMIT // _RING
+    at_once = states.batch_tokens(spec, _BATCH_TOKENS)
+    ring = [states.TokenStates(count, seq_len, spec.hidden_size, device, at_once, dtype, limit) for _ in range(_RING)]
     table = loader.tensor("embed_tokens.weight")
-    states = [embedding(w.to(device), table) for w in windows.split(per_batch)]
+    for n, window in enumerate(windows):
+        ring[0].values[n] = embedding(window.to(device), table)
     del table
-    for i in range(len(checkpoint.spec.sublayers)):
+    for i in range(len(spec.sublayers)):
         sublayer = loader.sublayer(i)
-        for n, state in enumerate(states):
-            batch = packed([seq_len] * state.shape[0], device)
-            flat = state.flatten(0, 1)
-            hidden = ops.rms_norm(flat, sublayer.norm, checkpoint.spec.rms_norm_eps)
-            leaving = (flat + sublayer(hidden, batch)).view_as(state)
-            yield i, state, leaving
-            states[n] = leaving
+        entering, leaving = ring[i % _RING], ring[(i + 1) % _RING]
+        for b in range(len(entering)):
+            flat = entering.batch(b)
+            batch = packed(window_batches(flat.shape[0], seq_len), device)
+            out = leaving.batch(b)
+            torch.add(flat, sublayer(ops.rms_norm(flat, sublayer.norm, spec.rms_norm_eps), batch), out=out)
+            yield i, flat.unflatten(0, (-1, seq_len)), out.unflatten(0, (-1, seq_len))

@@ -1,4 +1,4 @@
-"""FlattenGPT, stage 1: which neighbouring blocks to merge. Source: arXiv 2602.08858.
+"""FlattenGPT, stage 1: which neighbouring blocks to merge. Source: arXiv 2602.08858. The paper's rule:
 
 S[i, j] = mean cosine of the hidden states entering blocks i and j, over calibration tokens of the dense model.
 Repeat: take the adjacent pair of groups with the largest similarity, merge it, delete column l - 1 and row l of
@@ -8,6 +8,8 @@ S. That rule equals contiguous complete linkage: joining groups [a..b] and [c..d
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +18,10 @@ from torch.nn.functional import normalize
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.progress import Advance
-from depthprune_runtime.pruning.calibration import stream_hidden_states
-from depthprune_runtime.pruning.plan import Flatten
+from depthprune_runtime.pruning.after_repair import MAX_SPAN, Errors, choose_spans, equal_errors, span_errors
+from depthprune_runtime.pruning.calibration import CalibrationSet, stream_hidden_states
+from depthprune_runtime.pruning.options import FlattenGPTOptions
+from depthprune_runtime.pruning.plan import Flatten, PrunePlan
 from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.states import scratch_tensor
 
@@ -74,5 +78,64 @@ def group_blocks(similarity: Tensor, merges: int, pairs_only: bool = False) -> l
     return groups
 
 
+def groups_after_repair(errors: Errors, blocks: int, merges: int, pairs_only: bool = False) -> list[tuple[int, ...]]:
+    """Groups of neighbouring blocks whose merging a repair mends best, all of them in order, single ones included.
+
+    A span of `after_repair.Errors` joins the block before it, whose FFN can answer for it; that all units of the
+    group compete for the width that stays can only lessen the error. The last block stays as it is.
+    """
+    allowed = {span: e for span, e in errors.items() if span[1] == 1 or not pairs_only}
+    spans = choose_spans(allowed, blocks, merges, protect_last=True, protect_first=True)
+    if sum(n for _, n in spans) != merges:
+        limit = "pairs of neighbours only" if pairs_only else f"spans of at most {MAX_SPAN}"
+        raise InputError(f"blocks: {merges} of {blocks} cannot merge ({limit}); ask for fewer, or grouping similarity")
+    groups: list[tuple[int, ...]] = []
+    lengths = dict(spans)
+    block = 0
+    while block < blocks:
+        end = block + 1 + lengths.get(block + 1, 0)
+        groups.append(tuple(range(block, end)))
+        block = end
+    return groups
+
+
+def check_merges(blocks: int, merges: int, options: FlattenGPTOptions) -> None:
+    """Refuse, before any work, what no grouping can do. options: with every `auto` decided."""
+    if options.grouping == "after-repair":
+        groups_after_repair(equal_errors(blocks), blocks, merges, options.pairs_only)
+    elif options.pairs_only and merges > blocks // 2:
+        raise InputError(f"blocks: expected at most {blocks // 2} fewer (pairs of neighbours only), got {merges}")
+
+
 def flatten_edits(groups: list[tuple[int, ...]]) -> tuple[Flatten, ...]:
     return tuple(Flatten(g) for g in groups if len(g) > 1)
+
+
+def plan_flattengpt(
+    checkpoint: Checkpoint,
+    merges: int,
+    calibration: CalibrationSet,
+    device: torch.device,
+    options: FlattenGPTOptions,
+    parent_digest: str = "",
+    advance: Advance = lambda: None,
+) -> PrunePlan:
+    """Merge blocks until `merges` fewer are left. options: with every `auto` decided, see `options.resolved`."""
+    blocks = len(block_pairs(checkpoint.spec))
+    evidence: dict[str, Any]
+    if options.grouping == "after-repair":
+        errors = span_errors(checkpoint, calibration.windows, device, checkpoint.dtype, advance=advance)
+        groups = groups_after_repair(errors, blocks, merges, options.pairs_only)
+        evidence = {"span_errors": [[first, n, error] for (first, n), error in sorted(errors.items())]}
+    else:
+        similarity = input_similarity(checkpoint, calibration.windows, device, checkpoint.dtype, advance)
+        groups = group_blocks(similarity, merges, options.pairs_only)
+        evidence = {"neighbour_similarity": [float(similarity[i, i + 1]) for i in range(blocks - 1)]}
+    settings = {
+        "blocks": merges,
+        **asdict(options),
+        "groups": [list(g) for g in groups],
+        **evidence,
+        "calibration": calibration.description,
+    }
+    return PrunePlan("flattengpt", parent_digest, flatten_edits(groups), settings)

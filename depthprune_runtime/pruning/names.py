@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Method = Literal["shortgpt", "finercut", "flattengpt"]
-Score = Literal["block-influence", "relative-magnitude", "sequential", "reverse", "after-repair"]
+Score = Literal["auto", "block-influence", "relative-magnitude", "sequential", "reverse", "after-repair"]
+Grouping = Literal["auto", "similarity", "after-repair"]
+Selection = Literal["auto", "importance", "after-repair"]
 Distance = Literal["js_reverse", "js", "kl", "angular", "norm", "perplexity"]
 Repair = Literal["ridge", "none"]
 Weighting = Literal["rms", "none"]
@@ -13,7 +15,9 @@ Answers = Literal["before", "after"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 SCORES: tuple[Score, ...] = get_args(Score)
-RANKINGS = SCORES[:-1]  # a score for every block; after-repair chooses spans instead
+RANKINGS = SCORES[1:-1]  # a score for every block; after-repair chooses spans instead
+GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)

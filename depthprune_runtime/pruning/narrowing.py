@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from depthprune_runtime.pruning import linalg
 from depthprune_runtime.spec import AttentionSpec, FFNSpec, SublayerSpec
 
 
@@ -25,18 +26,11 @@ def group_importance(gram: Tensor, weight: Tensor, spec: AttentionSpec) -> Tenso
     return energy.view(spec.num_kv_heads, -1).sum(1).sqrt()
 
 
-def ridge_factor(gram: Tensor, lam: float) -> tuple[Tensor, float]:  # [F, F] -> lower Cholesky [F, F], absolute lam
-    """Cholesky factor of G + lam mean(diag G) I in float64."""
-    absolute = lam * float(gram.diagonal().double().mean())
-    system = gram.double()
-    system.diagonal().add_(absolute)
-    return torch.linalg.cholesky(system), absolute
-
-
 def leverage_scores(gram: Tensor, lam: float) -> Tensor:  # [F, F] -> [F] float64
     """Ridge leverage of every channel, between 0 and 1."""
-    factor, absolute = ridge_factor(gram, lam)
-    return 1.0 - absolute * torch.cholesky_inverse(factor).diagonal()
+    system = linalg.gather_symmetric(gram)
+    absolute = linalg.add_ridge_(system, lam)
+    return 1.0 - absolute * linalg.inverse_diagonal(linalg.cholesky_(system))
 
 
 def top_units(scores: Tensor, count: int) -> tuple[int, ...]:  # [units]
@@ -54,7 +48,8 @@ def choose_units(gram: Tensor, weight: Tensor, spec: SublayerSpec, count: int, l
 def compensated(gram: Tensor, weight: Tensor, columns: Tensor, lam: float) -> Tensor:  # [F, F], [C, F], [k] -> [C, k]
     """Output projection over the kept `columns` that best replaces the whole one, float64."""
     wide = weight.double()
-    rows = gram[columns].double()  # S'G
-    factor, absolute = ridge_factor(rows[:, columns], lam)
-    right = rows @ wide.T + absolute * wide[:, columns].T
-    return torch.cholesky_solve(right, factor).T
+    system = linalg.gather_symmetric(gram, columns)
+    right = linalg.multiply(gram, wide.T, columns)  # S'G W_D
+    absolute = linalg.add_ridge_(system, lam)
+    right.add_(wide[:, columns].T, alpha=absolute)
+    return linalg.cholesky_solve_(linalg.cholesky_(system), right).T

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, SCORES, WEIGHTINGS, Answers, Distance, Score, Weighting
+from depthprune_runtime.pruning.names import (
+    ANSWERS,
+    DISTANCES,
+    GROUPINGS,
+    SCORES,
+    SELECTIONS,
+    WEIGHTINGS,
+    Answers,
+    Distance,
+    Grouping,
+    Score,
+    Selection,
+    Weighting,
+)
 
 _T = TypeVar("_T")
 
@@ -25,9 +38,10 @@ def _number(name: str, value: object, low: float, high: float = math.inf) -> Non
 
 @dataclass(frozen=True)
 class ShortGPTOptions:
-    """score: how blocks are ranked; protect_last: never drop the last block."""
+    """score: how blocks are chosen, `auto`: after-repair if a repair follows, else the paper's block-influence;
+    protect_last: never drop the last block."""
 
-    score: Score = "block-influence"
+    score: Score = "auto"
     protect_last: bool = True
 
     def __post_init__(self) -> None:
@@ -51,16 +65,23 @@ class FinerCutOptions:
 
 @dataclass(frozen=True)
 class FlattenGPTOptions:
-    """pairs_only: merge no more than two blocks; keep_width: 0 narrows to the original width, 1 leaves the merged
-    block wide, between them the share of the difference that stays; compensate: re-solve down_proj for the channels
-    that go; leverage_lam: ridge of channel scores and compensation, relative to the mean of the Gram diagonal."""
+    """grouping: which blocks merge, by the paper's `similarity` of their inputs or by what a repair could not bring
+    back; selection: which units stay, by the paper's `importance` or by the same; `auto` for both: after-repair if a
+    repair follows, else the paper's. pairs_only: merge no more than two blocks; keep_width: 0 narrows to the original
+    width, 1 leaves the merged block wide, between them the share of the difference that stays; compensate: re-solve
+    down_proj for the channels that go (a repair does more and replaces it); leverage_lam: ridge of channel scores and
+    compensation, relative to the mean of the Gram diagonal."""
 
+    grouping: Grouping = "auto"
+    selection: Selection = "auto"
     pairs_only: bool = False
     keep_width: float = 0.0
     compensate: bool = True
     leverage_lam: float = 10.0
 
     def __post_init__(self) -> None:
+        _choice("grouping", self.grouping, GROUPINGS)
+        _choice("selection", self.selection, SELECTIONS)
         _number("keep_width", self.keep_width, 0.0, 1.0)
         _number("leverage_lam", self.leverage_lam, 1e-9)
 
@@ -89,6 +110,19 @@ METHOD_OPTIONS: dict[str, type[ShortGPTOptions] | type[FinerCutOptions] | type[F
     "finercut": FinerCutOptions,
     "flattengpt": FlattenGPTOptions,
 }
+
+
+def resolved(options: MethodOptions, repair: bool) -> MethodOptions:
+    """`options` with every `auto` decided. Raises InputError for a choice that only a repair makes sense of."""
+    choice: dict[str, Any] = {
+        "score": "after-repair" if repair else "block-influence",
+        "grouping": "after-repair" if repair else "similarity",
+        "selection": "after-repair" if repair else "importance",
+    }
+    found = {name: value for name, value in choice.items() if getattr(options, name, None) == "auto"}
+    if not repair and getattr(options, "selection", None) == "after-repair":
+        raise InputError("selection: after-repair needs a repair; give repair ridge, or selection importance")
+    return replace(options, **found)
 
 
 def method_options(method: str, values: dict[str, Any]) -> MethodOptions:

@@ -14,10 +14,10 @@ from depthprune_runtime.checkpoint.container import check_destination
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.after_repair import plan_after_repair
+from depthprune_runtime.pruning.after_repair import dropped_blocks, equal_errors, plan_after_repair
 from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set
-from depthprune_runtime.pruning.finercut import Goal, plan_finercut
-from depthprune_runtime.pruning.flattengpt import flatten_edits, group_blocks, input_similarity
+from depthprune_runtime.pruning.finercut import Goal, plan_finercut, removable_sublayers
+from depthprune_runtime.pruning.flattengpt import check_merges, plan_flattengpt
 from depthprune_runtime.pruning.names import REPAIRS, Method, Repair
 from depthprune_runtime.pruning.options import (
     FinerCutOptions,
@@ -26,6 +26,7 @@ from depthprune_runtime.pruning.options import (
     RepairOptions,
     ShortGPTOptions,
     method_options,
+    resolved,
 )
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
@@ -173,10 +174,10 @@ def prune(
     """
     progress = progress or Progress()
     path = Path(output)
-    chosen = method_options(method, options)
     request = Request(blocks, sublayers, sparsity)
     request.check(method)
     mending = _repair_options(repair)
+    chosen = resolved(method_options(method, options), mending is not None)
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
     _check_request(request, parent.spec, chosen)
@@ -203,9 +204,14 @@ def _repair_options(repair: Repair | RepairOptions) -> RepairOptions | None:
 def _check_request(request: Request, spec: DecoderSpec, options: MethodOptions) -> None:
     """Refuse impossible amounts before any long work."""
     if isinstance(options, FinerCutOptions):
-        request.goal(spec)
+        request.goal(spec).most_steps(spec, removable_sublayers(spec, options.front_protection))
+    elif isinstance(options, FlattenGPTOptions):
+        check_merges(len(block_pairs(spec)), request.block_count(spec, 1.0 - options.keep_width), options)
     else:
-        request.block_count(spec, 1.0 - options.keep_width if isinstance(options, FlattenGPTOptions) else 1.0)
+        blocks = request.block_count(spec)
+        if options.score == "after-repair":
+            count = len(block_pairs(spec))
+            dropped_blocks(equal_errors(count), count, blocks, options.protect_last)
 
 
 def _decide(
@@ -243,19 +249,10 @@ def _decide(
                 parent, count, data, device, parent.dtype, options.score, options.protect_last, digest, advance
             )
         merges = request.block_count(parent.spec, 1.0 - options.keep_width)
-        similarity = input_similarity(parent, data.windows, device, parent.dtype, advance)
-        groups = group_blocks(similarity, merges, options.pairs_only)
-        settings = {
-            "blocks": merges,
-            **asdict(options),
-            "groups": [list(g) for g in groups],
-            "neighbour_similarity": [float(similarity[i, i + 1]) for i in range(len(similarity) - 1)],
-            "calibration": data.description,
-        }
-        return PrunePlan("flattengpt", digest, flatten_edits(groups), settings)
+        return plan_flattengpt(parent, merges, data, device, options, digest, advance)
 
 
-def _kept_units(parent: DecoderSpec, plan: PrunePlan, keep_width: float) -> dict[int, int]:
+def kept_units(parent: DecoderSpec, plan: PrunePlan, keep_width: float) -> dict[int, int]:
     """Units that each merged sub-layer keeps, by its first source."""
     units = {}
     for edit in plan.flattened():
@@ -283,7 +280,7 @@ def _rebuild(
     """Narrow and repair what the plan leaves."""
     narrowing = None
     if isinstance(options, FlattenGPTOptions):
-        narrowing = Narrowing(_kept_units(parent.spec, plan, options.keep_width), options)
+        narrowing = Narrowing(kept_units(parent.spec, plan, options.keep_width), options)
     if not plan.edits or (mending is None and (narrowing is None or not narrowing.units)):
         return PrunedCheckpoint(parent, plan), plan
     size = mending or RepairOptions()

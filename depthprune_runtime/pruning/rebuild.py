@@ -16,6 +16,7 @@ from depthprune_runtime.progress import Advance
 from depthprune_runtime.pruning import merging, narrowing, repair
 from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
 from depthprune_runtime.pruning.plan import Edit, Narrow, PrunePlan
+from depthprune_runtime.pruning.selection import choose_after_repair
 from depthprune_runtime.pruning.states import TensorStore
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.pruning.walk import Visit, Walk
@@ -83,14 +84,17 @@ class Rebuild:
         columns, solved = None, None
         if units is not None and self._narrowing is not None:
             options = self._narrowing.options
-            keep = narrowing.choose_units(moments.gram, wide, spec, units, options.leverage_lam)
+            if options.selection == "after-repair":
+                assert self._repair is not None
+                keep = choose_after_repair(moments, wide, spec, units, self._repair.lam)
+            else:
+                keep = narrowing.choose_units(moments.gram, wide, spec, units, options.leverage_lam)
             self._edits.append(Narrow(visit.piece.sources[0], keep))
             columns = merging.unit_columns(spec, keep).to(self._device)
-            if options.compensate and not isinstance(spec, AttentionSpec):
+            if self._repair is None and options.compensate and not isinstance(spec, AttentionSpec):
                 solved = narrowing.compensated(moments.gram, wide, columns, options.leverage_lam)
         if self._repair is not None:
-            start = wide if columns is None else wide[:, columns]
-            solved = repair.solve(moments, start if solved is None else solved, columns, self._repair.lam)
+            solved = repair.solve(moments, wide if columns is None else wide[:, columns], columns, self._repair.lam)
         if solved is not None:
             name = f"sublayers.{visit.index}.{output_name(spec)}"
             self._store.put(name, solved.to(device="cpu", dtype=self._parent.dtype))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from depthprune_runtime.pruning import linalg
 from depthprune_runtime.pruning.names import Weighting
 from depthprune_runtime.pruning.walk import Visit
 
@@ -41,15 +42,15 @@ def accumulate(visit: Visit, weighting: Weighting) -> Moments:
     tokens = 0
     for b in range(len(visit.states)):
         states, target = visit.states.batch(b), visit.target.batch(b)
-        inner = visit.inner(b).float()
+        inner = visit.inner(b)
         residual = target - states
         weights = token_weights(target, weighting)
-        weighted = inner if weights is None else inner * weights
         if moments is None:
             width, hidden = inner.shape[1], residual.shape[1]
-            moments = Moments(inner.new_zeros(width, width), inner.new_zeros(width, hidden))
-        moments.gram.addmm_(weighted.T, inner)
-        moments.cross.addmm_(weighted.T, residual)
+            gram = linalg.zeros((width, width), torch.float32, inner.device)
+            moments = Moments(gram, linalg.zeros((width, hidden), torch.float32, inner.device))
+        linalg.accumulate_(moments.gram, inner, inner, weights)
+        linalg.accumulate_(moments.cross, inner, residual, weights)
         tokens += inner.shape[0]
     assert moments is not None
     moments.gram /= tokens
@@ -59,11 +60,9 @@ def accumulate(visit: Visit, weighting: Weighting) -> Moments:
 
 def solve(moments: Moments, initial: Tensor, columns: Tensor | None, lam: float) -> Tensor:  # [C, k] -> [C, k]
     """Repaired projection over the kept `columns` (None: all), ridge toward `initial`, float64."""
-    gram = moments.gram if columns is None else moments.gram[columns][:, columns]
-    cross = moments.cross if columns is None else moments.cross[columns]
-    system = gram.double()
+    system = linalg.gather_symmetric(moments.gram, columns)
     start = initial.double()
-    right = cross.double() - system @ start.T
-    system.diagonal().add_(lam * float(system.diagonal().mean()) + 1e-30)
-    factor = torch.linalg.cholesky(system)
-    return start + torch.cholesky_solve(right, factor).T
+    right = linalg.multiply(system, start.T).neg_()
+    right += moments.cross if columns is None else moments.cross[columns]
+    linalg.add_ridge_(system, lam)
+    return start + linalg.cholesky_solve_(linalg.cholesky_(system), right).T

@@ -12,7 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MEMORY_LIMIT = 512 * 1024 * 1024  # bytes a buffer may take before it goes to disk
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec
+
+MEMORY_LIMIT = 512 * 1024 * 1024  # bytes that the buffers of one kind may take together before they go to disk
+_MAX_BATCH_TOKENS = 4096  # in one forward pass: large enough for GEMM speed
+_BATCH_ELEMENTS = 1 << 26  # of the widest activation of a pass: 128 MiB in bf16
+
+
+def batch_tokens(spec: DecoderSpec, at_most: int = _MAX_BATCH_TOKENS) -> int:
+    """Tokens in one forward pass of a sub-layer, so few that its activations stay small beside its weights."""
+    widest = max(
+        s.q_size + 2 * s.kv_size if isinstance(s, AttentionSpec) else 2 * s.intermediate_size for s in spec.sublayers
+    )
+    return max(1, min(at_most, _BATCH_ELEMENTS // widest))
 
 
 def scratch_tensor(
@@ -30,7 +42,10 @@ def scratch_tensor(
 
 
 class TokenStates:
-    """[N, S, width] values, handled in batches of whole windows."""
+    """[N, S, width] values, handled in batches of whole windows.
+
+    batch_tokens: at most so many in a batch (but at least one window); limit: bytes above which they go to disk.
+    """
 
     def __init__(
         self,
@@ -38,7 +53,7 @@ class TokenStates:
         seq_len: int,
         width: int,
         device: torch.device,
-        batch_tokens: int = 4096,
+        batch_tokens: int = _MAX_BATCH_TOKENS,
         dtype: torch.dtype = torch.float32,
         limit: int | None = None,
     ) -> None:
@@ -61,8 +76,8 @@ class TokenStates:
 class TensorStore:
     """Tensors that must outlive the walk: in memory up to a budget, then each in an unlinked file."""
 
-    def __init__(self, budget: int = MEMORY_LIMIT // 2) -> None:
-        self._left = budget
+    def __init__(self, budget: int | None = None) -> None:
+        self._left = MEMORY_LIMIT // 2 if budget is None else budget
         self._tensors: dict[str, Tensor] = {}
 
     def put(self, name: str, tensor: Tensor) -> None:

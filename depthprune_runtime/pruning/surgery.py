@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
@@ -16,6 +17,8 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning import merging
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, SublayerSpec
+
+_STRIP_ROWS_BYTES = 32 * 1024 * 1024  # of a float64 strip of input columns while gains are folded
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,23 @@ def pruned_spec(parent: DecoderSpec, plan: PrunePlan) -> DecoderSpec:
     return dataclasses.replace(parent, sublayers=tuple(piece_spec(parent, p) for p in layout(parent, plan)))
 
 
+class _InputColumns(Checkpoint):
+    """`parent` with every tensor cut to `columns` of its last axis, the hidden one."""
+
+    def __init__(self, parent: Checkpoint, columns: slice) -> None:
+        self.name, self.spec, self.dtype = parent.name, parent.spec, parent.dtype
+        self.provenance, self.plan = parent.provenance, parent.plan
+        self._parent = parent
+        self._columns = columns
+
+    @property
+    def assets(self) -> Mapping[str, bytes]:
+        return self._parent.assets
+
+    def tensor(self, name: str) -> Tensor:
+        return self._parent.tensor(name)[..., self._columns]
+
+
 class PrunedCheckpoint(Checkpoint):
     """What `plan` leaves of `parent`, as a checkpoint of its own.
 
@@ -102,4 +122,18 @@ class PrunedCheckpoint(Checkpoint):
         piece = self.pieces[int(index)]
         if len(piece.sources) == 1 and piece.keep is None:
             return self._parent.tensor(f"sublayers.{piece.sources[0]}.{short}")
+        if short in ("qkv_proj.weight", "gate_up_proj.weight"):
+            return self._input_projection(name, piece, short)
         return merging.merged_tensor(self._parent, piece.sources, piece.keep, short).to(self.dtype)
+
+    def _input_projection(self, name: str, piece: Piece, short: str) -> Tensor:  # [rows, C]
+        """A merged input projection, some input columns at a time: gains are folded in float64, which takes much
+        room, but each column on its own."""
+        wide = sum(self._parent.spec.sublayer_shapes(i)[f"sublayers.{i}.{short}"][0] for i in piece.sources)
+        made = torch.empty(self.spec.tensor_shapes()[name], dtype=self.dtype)
+        step = max(1, _STRIP_ROWS_BYTES // (8 * wide))
+        for first in range(0, made.shape[1], step):
+            columns = slice(first, first + step)
+            part = merging.merged_tensor(_InputColumns(self._parent, columns), piece.sources, piece.keep, short)
+            made[:, columns] = part
+        return made

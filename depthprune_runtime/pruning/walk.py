@@ -25,6 +25,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.model.sublayers import Sublayer
+from depthprune_runtime.pruning import states as token_states
 from depthprune_runtime.pruning.names import Answers
 from depthprune_runtime.pruning.states import TokenStates
 from depthprune_runtime.pruning.surgery import Piece, PrunedCheckpoint
@@ -134,6 +135,9 @@ class Walk:
         self._device = device
         self._dtype = dtype
         self._skip_equal = skip_equal
+        self._batch_tokens = token_states.batch_tokens(student.spec)
+        # of states: the teacher's, the student's, and a target for every further piece of a segment
+        self._buffers = 1 + max(len(s.pieces) for s in self._segments)
 
     @property
     def steps(self) -> int:
@@ -141,7 +145,8 @@ class Walk:
         return len(self._segments)
 
     def _states(self) -> TokenStates:
-        return TokenStates(*self._shape, self._device)
+        limit = token_states.MEMORY_LIMIT // self._buffers
+        return TokenStates(*self._shape, self._device, self._batch_tokens, limit=limit)
 
     def inner(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] float32 -> [n * S, width]
         hidden = ops.rms_norm(states, sublayer.norm.float(), self._eps).to(self._dtype)
@@ -172,7 +177,7 @@ class Walk:
         for n, window in enumerate(self._windows):
             teacher.values[n] = embedding(window.to(self._device), table).float()
         del table
-        extra = [self._states() for _ in range(max(len(s.pieces) for s in self._segments) - 1)]
+        extra = [self._states() for _ in range(self._buffers - 2)]
         equal = self._skip_equal
         if not equal:
             student.copy_from(teacher)
