@@ -38,6 +38,7 @@ from depthprune_runtime.tokenizer import Tokenizer
 
 # Calibration windows that a method decides from: (samples, seq_len), as in the papers' code.
 _SCORING_WINDOWS = {"shortgpt": (128, 256), "finercut": (10, 256), "flattengpt": (64, 512)}
+_AFTER_REPAIR_WINDOWS = (64, 256)  # of the span errors: 32,768 tokens chose the same spans of SmolLM2 as 16,384
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def prune(
     _check_request(request, parent.spec, chosen)
     check_destination(path)
     calibrator = Calibrator(parent, calibration, samples, seq_len, seed)
-    data = calibrator.windows(*_SCORING_WINDOWS[method])
+    after_repair = "after-repair" in (getattr(chosen, "score", None), getattr(chosen, "grouping", None))
+    data = calibrator.windows(*(_AFTER_REPAIR_WINDOWS if after_repair else _SCORING_WINDOWS[method]))
     with progress.stage("read weights", len(parent.spec.tensor_shapes())) as advance:
         digest = parent.digest(lambda _: advance())
     with torch.inference_mode():
