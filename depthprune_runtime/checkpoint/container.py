@@ -1,8 +1,8 @@
 """The container: safetensors files written in a stream, with a checksum for every tensor.
 
 Source of the format: the safetensors README (8-byte little-endian header length, JSON header, data).
-Files are written under a temporary identity and renamed when whole, so that a reader never meets half
-a file. Checksums are XXH3-64 over dtype, shape and bytes: they run at memory speed, so every load
+Files are written under a temporary identity and take their names when whole, so that a reader never meets
+half a file. Checksums are XXH3-64 over dtype, shape and bytes: they run at memory speed, so every load
 verifies them.
 """
 
@@ -88,32 +88,58 @@ def _nameless_file(folder: Path) -> Iterator[BinaryIO | None]:
         yield file
 
 
+class PendingFile:
+    """An open file that has no name yet, or on some systems a temporary one. `atomic_files` makes them."""
+
+    def __init__(self, near: Path, stack: contextlib.ExitStack) -> None:
+        self._temporary = near.parent / f".{near.name}.{os.getpid()}.tmp"
+        stack.callback(self._discard)
+        nameless = stack.enter_context(_nameless_file(near.parent))
+        self._nameless = nameless is not None
+        self.file: BinaryIO = nameless if nameless is not None else stack.enter_context(self._temporary.open("w+b"))
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+    def complete(self) -> None:
+        """Everything is written: bring it to the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def publish(self, path: Path) -> None:
+        """Give the file the name `path` in the same folder, in place of whatever has it."""
+        if self._nameless:
+            self._temporary.unlink(missing_ok=True)
+            descriptor = self.file.fileno()
+            # a descriptor argument makes CPython call linkat, which follows the link; link would not
+            os.link(f"/proc/self/fd/{descriptor}", self._temporary, src_dir_fd=descriptor, follow_symlinks=True)
+        self._temporary.replace(path)
+
+
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the name `path` only when the body ends well; else nothing is left."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+def atomic_files(path: Path) -> Iterator[Callable[[str], PendingFile]]:
+    """A maker of files in the folder of `path`, each to be published by the body; of the others nothing is left.
+
+    The maker takes a name that tells the files apart. An OSError in the body becomes an InputError.
+    """
     try:
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(_nameless_file(path.parent))
-            nameless = file is not None
-            if file is None:
-                file = stack.enter_context(temporary.open("w+b"))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if nameless:
-                temporary.unlink(missing_ok=True)
-                descriptor = file.fileno()
-                # a descriptor argument makes CPython call linkat, which follows the link; link would not
-                os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor, follow_symlinks=True)
-        temporary.replace(path)
+            yield lambda name: PendingFile(path.with_name(name), stack)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "; free some space or choose another disk" if full else ""
         raise InputError(f"output {path}: cannot be written: {error.strerror or error}{hint}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the name `path` only when the body ends well; else nothing is left."""
+    with atomic_files(path) as make:
+        pending = make(path.name)
+        yield pending.file
+        pending.complete()
+        pending.publish(path)
 
 
 def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
@@ -133,38 +159,43 @@ def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def write_container(
-    path: Path,
+def write_entries(
+    file: BinaryIO,
     entries: list[TensorEntry],
     tensor: Callable[[str], Tensor],
     metadata: Callable[[Mapping[str, str]], Mapping[str, str]],
     on_tensor: Callable[[TensorEntry], None] = lambda _: None,
-) -> None:
-    """Write `entries` in order, holding one tensor at a time.
+) -> tuple[dict[str, str], str]:
+    """Write `entries` in order into `file`, holding one tensor at a time.
 
     `metadata(checksums)` gives the string metadata from name -> checksum; it is called twice, before
     and after the data, and must have the same length both times. `on_tensor` is called after each one.
+    Returns the checksums, and the checksum of the header.
     """
-    check_destination(path, sum(e.nbytes for e in entries))
     first = _header(entries, metadata({e.name: _EMPTY_CHECKSUM for e in entries}))
     checksums: dict[str, str] = {}
-    with atomic_file(path) as file:
-        file.write(first)
-        for entry in entries:
-            data = tensor(entry.name).detach().to("cpu")
-            if (data.dtype, tuple(data.shape)) != (entry.dtype, entry.shape):
-                raise AssertionError(f"{entry.name}: {data.dtype} {tuple(data.shape)} is not {entry}")
-            checksums[entry.name] = checksum(data)
-            file.write(_raw_bytes(data))
-            on_tensor(entry)
-        last = _header(entries, metadata(checksums))
-        assert len(last) == len(first)
-        file.seek(0)
-        file.write(last)
+    file.write(first)
+    for entry in entries:
+        data = tensor(entry.name).detach().to("cpu")
+        if (data.dtype, tuple(data.shape)) != (entry.dtype, entry.shape):
+            raise AssertionError(f"{entry.name}: {data.dtype} {tuple(data.shape)} is not {entry}")
+        checksums[entry.name] = checksum(data)
+        file.write(_raw_bytes(data))
+        on_tensor(entry)
+    last = _header(entries, metadata(checksums))
+    assert len(last) == len(first)
+    file.seek(0)
+    file.write(last)
+    return checksums, header_checksum(last)
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, checked against the file's size."""
+def header_checksum(header: bytes) -> str:
+    """32 hex digits over a file's header, its length included."""
+    return xxhash.xxh3_128(header).hexdigest()
+
+
+def read_header(path: Path, expected_checksum: str | None = None) -> dict[str, Any]:
+    """The JSON header of a safetensors file, checked against the file's size and, if given, a checksum."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -174,6 +205,8 @@ def read_header(path: Path) -> dict[str, Any]:
                 f"{path}: truncated or not a safetensors file: {size} bytes, its header claims {length} bytes"
             )
         text = file.read(length)
+    if expected_checksum is not None and header_checksum(prefix + text) != expected_checksum:
+        raise InputError(f"{path}: damaged, or a shard of another checkpoint: its header is not the expected one")
     try:
         header = json.loads(text)
         entries = {k: v for k, v in header.items() if k != "__metadata__"}

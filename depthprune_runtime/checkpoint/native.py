@@ -1,9 +1,11 @@
 """Our own file: packed tensors, spec, plan, provenance, tokenizer and generation config in one.
 
+Large models are cut: the same file without its weights, then called the head, and shards beside it (`shards`).
+
 `__metadata__` holds three strings: `format` = "depthprune", `depthprune` = the JSON below, `checksum` =
 XXH3-128 of that JSON. Beside a config.json a stock Hugging Face loader would take such a file, find none
 of its names and fill a model with random weights; the guard tensor has a name that every such model
-wants and a shape that none accepts, so that it stops instead.
+wants and a shape that none accepts, so that it stops instead. Shards carry it, too.
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from depthprune_runtime.checkpoint import shards
 from depthprune_runtime.checkpoint.base import Checkpoint
 from depthprune_runtime.checkpoint.container import (
     DTYPE_NAMES,
     DTYPES,
+    PendingFile,
     TensorEntry,
+    atomic_files,
+    check_destination,
     checksum,
     read_header,
-    write_container,
+    write_entries,
 )
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.spec import DecoderSpec
@@ -36,6 +42,7 @@ _ASSET_PREFIX = "assets."
 _GUARD_NAME = "model.norm.weight"
 _GUARD_TEXT = b"a depthprune checkpoint: load it with depthprune_runtime.Runtime.load"
 _KEYS = {"format_version", "dtype", "spec", "plan", "provenance", "checksums"}
+_INDEX_KEYS = {"shards", "weight_map"}  # of a head: shard -> checksum of its header, tensor -> shard
 
 
 def _metadata_checksum(text: str) -> str:
@@ -43,9 +50,9 @@ def _metadata_checksum(text: str) -> str:
 
 
 class NativeCheckpoint(Checkpoint):
-    """A file written by `write_native`, mapped into memory.
+    """A file written by `write_native`, with its shards if it has any, mapped into memory.
 
-    verify: compare every tensor with its checksum now (memory speed; reads the whole file once).
+    verify: compare every tensor with its checksum now (memory speed; reads everything once).
     """
 
     def __init__(self, path: Path, verify: bool = True) -> None:
@@ -61,17 +68,26 @@ class NativeCheckpoint(Checkpoint):
         self.plan = content["plan"]
         self.provenance = content["provenance"]
         self._checksums: dict[str, str] = content["checksums"]
-        self._check_tensors(header)
-        try:
-            self._file = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: damaged: {error}") from error
+        self._weight_map: dict[str, str] = content.get("weight_map", {})
+        headers = {path.name: header, **self._shard_headers(content.get("shards", {}))}
+        self._check_tensors(headers)
+        self._files: dict[str, Any] = {}
+        for name in headers:
+            try:
+                self._files[name] = safe_open(path.with_name(name), "pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path.with_name(name)}: damaged: {error}") from error
         self._asset_names = [n for n in self._checksums if n.startswith(_ASSET_PREFIX)]
         if verify:
             self.verify()
 
     def _content(self, header: Mapping[str, Any]) -> dict[str, Any]:
         metadata = header.get("__metadata__") or {}
+        if isinstance(metadata, dict) and metadata.get("format") == shards.SHARD_FORMAT:
+            raise InputError(
+                f"{self.path}: one shard of a checkpoint; give its head, the file of the same name without "
+                "-00000-of-00000-..."
+            )
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise InputError(
                 f"{self.path}: not a depthprune checkpoint (no such format mark); for a Hugging Face model give its "
@@ -86,15 +102,33 @@ class NativeCheckpoint(Checkpoint):
             raise InputError(
                 f"{self.path}: expected format version {FORMAT_VERSION}, got {version!r}; use the matching release"
             )
-        if set(content) != _KEYS:
+        if set(content) not in (_KEYS, _KEYS | _INDEX_KEYS):
             raise InputError(f"{self.path}: expected keys {sorted(_KEYS)}, got {sorted(content)}")
         return dict(content)
 
-    def _check_tensors(self, header: Mapping[str, Any]) -> None:
-        """The header's names, dtypes and shapes against the spec's."""
+    def _shard_headers(self, listed: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Header of every shard; each must be the one that was written with this head."""
+        missing = sorted(n for n in listed if not self.path.with_name(n).is_file())
+        if missing:
+            raise InputError(
+                f"{self.path}: {len(missing)} of its {len(listed)} shards are missing in its folder, {missing[0]} "
+                "first; a checkpoint in several files moves as a whole"
+            )
+        return {name: read_header(self.path.with_name(name), expected) for name, expected in listed.items()}
+
+    def _check_tensors(self, headers: Mapping[str, Mapping[str, Any]]) -> None:
+        """The headers' names, dtypes and shapes against the spec's."""
         shapes = self.spec.tensor_shapes()
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        if set(entries) != set(self._checksums) or not set(shapes) <= set(entries):
+        entries: dict[str, Any] = {}
+        for file, header in headers.items():
+            found = {k: v for k, v in header.items() if k != "__metadata__"}
+            entries |= found
+            expected = {n for n in self._checksums if self._weight_map.get(n, self.path.name) == file}
+            if set(found) != (expected if file == self.path.name else expected | {_GUARD_NAME}):
+                raise InputError(
+                    f"{self.path.with_name(file)}: damaged: its tensors are not those that its description lists"
+                )
+        if not set(shapes) <= set(entries):
             raise InputError(f"{self.path}: damaged: its tensors are not those that its description lists")
         for name, shape in shapes.items():
             entry = entries[name]
@@ -106,51 +140,126 @@ class NativeCheckpoint(Checkpoint):
 
     def verify(self) -> None:
         """Read everything and compare with the checksums."""
-        for name, expected in self._checksums.items():
-            found = checksum(self.tensor(name))
+        where = [(self._weight_map.get(n, self.path.name), n) for n in self._checksums]
+        where += [(file, _GUARD_NAME) for file in self._files if file != self.path.name]
+        for file, name in where:
+            found, expected = checksum(self._files[file].get_tensor(name)), self._checksums[name]
             if found != expected:
-                raise InputError(f"{self.path}: damaged: tensor {name} has checksum {found}, expected {expected}")
+                raise InputError(
+                    f"{self.path.with_name(file)}: damaged: tensor {name} has checksum {found}, expected {expected}"
+                )
 
     @property
     def assets(self) -> Mapping[str, bytes]:
         return {n.removeprefix(_ASSET_PREFIX): self.tensor(n).numpy().tobytes() for n in self._asset_names}
 
     def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor: Tensor = self._files[self._weight_map.get(name, self.path.name)].get_tensor(name)
         return tensor
 
     def checksums(self, on_tensor: Callable[[str], None] = lambda _: None) -> dict[str, str]:
         return {name: self._checksums[name] for name in self.spec.tensor_shapes()}
 
 
-def write_native(
-    path: Path,
-    checkpoint: Checkpoint,
-    on_tensor: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Write any `checkpoint` (dense import or pruned view) as one self-contained file, streamed."""
-    assets = {
-        _ASSET_PREFIX + name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        for name, data in sorted(checkpoint.assets.items())
-        if data
-    }
-    assets[_GUARD_NAME] = torch.frombuffer(bytearray(_GUARD_TEXT), dtype=torch.uint8)[None]
-    entries = [TensorEntry(n, checkpoint.dtype, s) for n, s in checkpoint.spec.tensor_shapes().items()]
-    entries += [TensorEntry(n, t.dtype, tuple(t.shape)) for n, t in assets.items()]
+class _Writer:
+    """Writes one checkpoint, whole or in shards, a tensor at a time."""
 
-    def metadata(checksums: Mapping[str, str]) -> Mapping[str, str]:
+    def __init__(self, path: Path, checkpoint: Checkpoint, on_tensor: Callable[[str], None]) -> None:
+        self._path = path
+        self._checkpoint = checkpoint
+        self._on_tensor = on_tensor
+        self._extra = {
+            _ASSET_PREFIX + name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            for name, data in sorted(checkpoint.assets.items())
+            if data
+        }
+        self._extra[_GUARD_NAME] = torch.frombuffer(bytearray(_GUARD_TEXT), dtype=torch.uint8)[None]
+        self._extra_entries = [TensorEntry(n, t.dtype, tuple(t.shape)) for n, t in self._extra.items()]
+        self.weights = [TensorEntry(n, checkpoint.dtype, s) for n, s in checkpoint.spec.tensor_shapes().items()]
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._extra[name] if name in self._extra else self._checkpoint.tensor(name)
+
+    def _done(self, entry: TensorEntry) -> None:
+        if entry.name != _GUARD_NAME:  # its number depends on that of the files
+            self._on_tensor(entry.name)
+
+    def _metadata(self, checksums: Mapping[str, str], index: Mapping[str, Any]) -> Mapping[str, str]:
         content = {
             "format_version": FORMAT_VERSION,
-            "dtype": DTYPE_NAMES[checkpoint.dtype],
-            "spec": checkpoint.spec.to_json(),
-            "plan": checkpoint.plan,
-            "provenance": dict(checkpoint.provenance),
+            "dtype": DTYPE_NAMES[self._checkpoint.dtype],
+            "spec": self._checkpoint.spec.to_json(),
+            "plan": self._checkpoint.plan,
+            "provenance": dict(self._checkpoint.provenance),
             "checksums": dict(checksums),
+            **index,
         }
         text = json.dumps(content, separators=(",", ":"))
         return {"format": FORMAT, FORMAT: text, "checksum": _metadata_checksum(text)}
 
-    def tensor(name: str) -> Tensor:
-        return assets[name] if name in assets else checkpoint.tensor(name)
+    def shard(self, pending: PendingFile, weights: list[TensorEntry]) -> tuple[dict[str, str], str]:
+        """One shard; the checksums of its tensors, and that of its header."""
+        entries = [*weights, self._extra_entries[-1]]
+        assert entries[-1].name == _GUARD_NAME
 
-    write_container(path, entries, tensor, metadata, lambda entry: on_tensor(entry.name))
+        def metadata(checksums: Mapping[str, str]) -> Mapping[str, str]:
+            return {"format": shards.SHARD_FORMAT, "checksums": json.dumps(checksums, separators=(",", ":"))}
+
+        found, header = write_entries(pending.file, entries, self._tensor, metadata, self._done)
+        pending.complete()
+        return {e.name: found[e.name] for e in weights}, header
+
+    def head(
+        self, pending: PendingFile, weights: list[TensorEntry], known: Mapping[str, str], index: Mapping[str, Any]
+    ) -> None:
+        """The file that users name. known: checksums of the tensors that lie elsewhere."""
+        write_entries(
+            pending.file,
+            [*weights, *self._extra_entries],
+            self._tensor,
+            lambda checksums: self._metadata({**known, **checksums}, index),
+            self._done,
+        )
+        pending.complete()
+
+
+def write_native(
+    path: Path,
+    checkpoint: Checkpoint,
+    on_tensor: Callable[[str], None] = lambda _: None,
+    max_shard_size: int | str = shards.DEFAULT_MAX_SHARD_SIZE,
+) -> None:
+    """Write any `checkpoint` (dense import or pruned view), streamed: as one file, or, where its weights take more
+    than `max_shard_size` (bytes, or text such as `5GB`), as a head at `path` and shards beside it.
+
+    Nothing has a name before all of it is written; the head takes its name last, so that whoever stops the
+    process at any moment finds at `path` what was there before, or the whole new checkpoint. on_tensor: called
+    after each weight and asset.
+    """
+    limit = shards.parse_size(max_shard_size)
+    writer = _Writer(path, checkpoint, on_tensor)
+    groups = shards.split(writer.weights, limit)
+    check_destination(path, sum(e.nbytes for e in writer.weights))
+    with atomic_files(path) as make:
+        written: dict[str, PendingFile] = {}
+        checksums: dict[str, str] = {}
+        index: dict[str, Any] = {}
+        if len(groups) > 1:
+            index = {"shards": {}, "weight_map": {}}
+            for number, group in enumerate(groups, 1):
+                pending = make(f"{path.name}.{number}")
+                found, header = writer.shard(pending, group)
+                name = shards.shard_name(path, number, len(groups), header)
+                written[name] = pending
+                checksums |= found
+                index["shards"][name] = header
+                index["weight_map"] |= dict.fromkeys(found, name)
+        head = make(path.name)
+        writer.head(head, writer.weights if len(groups) == 1 else [], checksums, index)
+        with shards.publishing(path.parent):
+            try:
+                for name, pending in written.items():
+                    pending.publish(path.with_name(name))
+                head.publish(path)
+            finally:
+                shards.remove_stale(path)

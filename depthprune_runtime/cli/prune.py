@@ -129,6 +129,7 @@ def _prune(args: argparse.Namespace) -> None:
         seed=args.seed,
         device=args.device,
         dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
         progress=progress(args),
         **{field: value for field, value in options.items() if value is not None},
     )
@@ -148,7 +149,9 @@ def _prune(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from depthprune_runtime.pruning.prune import import_model
 
-    spec = import_model(args.model, args.output, dtype=args.dtype, progress=progress(args))
+    spec = import_model(
+        args.model, args.output, dtype=args.dtype, max_shard_size=args.max_shard_size, progress=progress(args)
+    )
     if args.json:
         print_json({"output": args.output, "parameters": spec.num_parameters(), "spec": spec.to_json()})
     else:
@@ -181,8 +184,18 @@ def add_prune(commands: Any, common: Parser) -> None:
         "--repair", choices=REPAIRS, default="ridge", help="closed-form repair of what stays (default ridge)"
     )
     add_placement(p, "of the output")
+    _add_shards(p)
     _add_method_options(p)
     p.set_defaults(run=_prune)
+
+
+def _add_shards(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="weights above this go to several files, such as FILE-00001-of-00002-*, that move with FILE (default 5GB)",
+    )
 
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
@@ -219,4 +232,5 @@ def add_import(commands: Any, common: Parser) -> None:
     p.add_argument("model", metavar="MODEL")
     p.add_argument("-o", "--output", required=True, metavar="FILE")
     p.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: the source's)")
+    _add_shards(p)
     p.set_defaults(run=_import)

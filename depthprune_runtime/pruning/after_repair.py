@@ -6,8 +6,10 @@ contribution x_{b+n} - x_b through its output projection. What the best such map
     e(b, n) = E_t w_t |x_{t,b+n} - x_{t,b} - psi_{t,b-1} D|^2,   w_t = 1 / |x_{t,b}|^2
 
 with D ridge-fitted on one half of the windows and the error taken on the other half, both ways, so that a
-span is not praised for what the fit remembers. Neighbours are much cheaper together than apart, so the
-choice is not a ranking of blocks: dynamic programming finds the disjoint spans with the smallest sum.
+span is not praised for what the fit remembers. Wide residual streams are looked at along _DIRECTIONS random
+orthonormal directions, scaled up, which leaves the error's mean as it is (Johnson and Lindenstrauss) and the
+regressions affordable. Neighbours are much cheaper together than apart, so the choice is not a ranking of
+blocks: dynamic programming finds the disjoint spans with the smallest sum.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.states import TokenStates
 
 MAX_SPAN = 6  # blocks; longer spans are seldom cheap, and every length costs a regression a block
+_DIRECTIONS = 128  # of the residual stream that are looked at
 
 Errors = dict[tuple[int, int], float]  # (first block, number of blocks) -> error
 
@@ -76,26 +79,42 @@ def _begin(states: TokenStates, inner: TokenStates | None, lam: float) -> _Start
     return _Start(states, inner, grams, tuple(linalg.cholesky_(system) for system in systems))
 
 
-def _moments(start: _Start, end: TokenStates, batches: range) -> tuple[Tensor | None, float]:
-    """psi' w r [F, C] and sum of w |r|^2 over `batches`, r = end - start."""
+def _directions(hidden_size: int, device: torch.device) -> Tensor | None:  # [C, k] float32
+    """Orthonormal directions times sqrt(C / k), always the same; None where all C are looked at."""
+    if hidden_size <= _DIRECTIONS:
+        return None
+    drawn = torch.randn(hidden_size, _DIRECTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scaled: Tensor = torch.linalg.qr(drawn).Q * math.sqrt(hidden_size / _DIRECTIONS)
+    return scaled.float().to(device)
+
+
+def _moments(
+    start: _Start,
+    end: TokenStates,
+    batches: range,
+    directions: Tensor | None,  # [C, k]
+) -> tuple[Tensor | None, float]:
+    """psi' w r [F, k] and sum of w |r|^2 over `batches`, r = (end - start) along `directions` (None: all of it)."""
     cross: Tensor | None = None
     if start.inner is not None:
-        shape = (start.inner.values.shape[-1], end.values.shape[-1])
+        shape = (start.inner.values.shape[-1], end.values.shape[-1] if directions is None else directions.shape[1])
         cross = linalg.zeros(shape, torch.float32, end.values.device)
     energy = 0.0
     for b in batches:
         states = start.states.batch(b)
         weights = _weights(states)
         change = end.batch(b) - states
+        if directions is not None:
+            change = change @ directions
         energy += float((weights * change.pow(2)).sum())
         if start.inner is not None and cross is not None:
             linalg.accumulate_(cross, start.inner.batch(b), change, weights)
     return cross, energy
 
 
-def _span_error(start: _Start, end: TokenStates) -> float:
+def _span_error(start: _Start, end: TokenStates, directions: Tensor | None) -> float:
     """e(b, n): fitted on each half, measured on the other."""
-    moments = [_moments(start, end, half) for half in _halves(len(start.states))]
+    moments = [_moments(start, end, half, directions) for half in _halves(len(start.states))]
     tokens = start.states.values.shape[0] * start.states.values.shape[1]
     total = 0.0
     for fit, held in ((0, 1), (1, 0)):
@@ -170,13 +189,14 @@ def span_errors(
     # states entering block first, first + 1, ..., each with psi of the FFN before it
     kept = collections.deque([(dense.entering, dense.inner)])
     errors: Errors = {}
+    directions = _directions(checkpoint.spec.hidden_size, device)
 
     def finish(first: int) -> None:
         """All spans that begin at `first`, the oldest block kept."""
         begin, inner = kept.popleft()
         start = _begin(begin, inner, lam)
         for n, (end, _) in enumerate(kept, 1):
-            errors[first, n] = _span_error(start, end)
+            errors[first, n] = _span_error(start, end, directions)
         advance()
 
     for block, pair in enumerate(pairs):

@@ -11,6 +11,7 @@ import torch
 
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint, write_native
 from depthprune_runtime.checkpoint.container import check_destination
+from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
@@ -139,11 +140,11 @@ class Calibrator:
         return calibration_set(self._name, self._text, lambda _: self._ids, samples, seq_len, self._seed)
 
 
-def write(checkpoint: Checkpoint, output: Path, progress: Progress) -> None:
+def write(checkpoint: Checkpoint, output: Path, progress: Progress, max_shard_size: int | str) -> None:
     """Write `checkpoint` with a bar."""
     total = len(checkpoint.spec.tensor_shapes()) + len(checkpoint.assets)
     with progress.stage(f"write {output.name}", total) as advance:
-        write_native(output, checkpoint, lambda _: advance())
+        write_native(output, checkpoint, lambda _: advance(), max_shard_size)
 
 
 def prune(
@@ -161,6 +162,7 @@ def prune(
     seed: int = 0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneResult:
@@ -170,11 +172,13 @@ def prune(
     fewer; for FinerCut their parameters), sublayers (FinerCut) and sparsity (least share of parameters to remove,
     embeddings included); repair: `ridge` (default), `none`, or RepairOptions; calibration: a named text
     (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn by `seed`, `samples` of `seq_len` tokens
-    (default: what suits the method, and the repair); dtype: of the output, default the source's; options: of the
-    method, see `options`. Raises InputError before any long work where that is possible, and leaves no partial file.
+    (default: what suits the method, and the repair); dtype: of the output, default the source's; max_shard_size:
+    bytes, or text such as `5GB`, above which the weights go to several files beside `output`; options: of the method,
+    see `options`. Raises InputError before any long work where that is possible, and leaves no partial file.
     """
     progress = progress or Progress()
     path = Path(output)
+    max_shard_size = parse_size(max_shard_size)
     request = Request(blocks, sublayers, sparsity)
     request.check(method)
     mending = _repair_options(repair)
@@ -191,7 +195,7 @@ def prune(
     with torch.inference_mode():
         plan = _decide(parent, request, chosen, data, target, digest, progress)
         pruned, plan = _rebuild(parent, plan, chosen, mending, calibrator, target, progress)
-    write(pruned, path, progress)
+    write(pruned, path, progress, max_shard_size)
     return PruneResult(path, parent.spec, pruned.spec, plan)
 
 
@@ -300,11 +304,13 @@ def import_model(
     output: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> DecoderSpec:
     """Write dense `model` unchanged as one self-contained file of our own."""
     path = Path(output)
+    max_shard_size = parse_size(max_shard_size)
     check_destination(path)
     checkpoint = open_checkpoint(model, resolve_dtype(dtype))
-    write(checkpoint, path, progress or Progress())
+    write(checkpoint, path, progress or Progress(), max_shard_size)
     return checkpoint.spec

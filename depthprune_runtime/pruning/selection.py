@@ -27,7 +27,9 @@ _STEPS = 24  # parts in which channels go
 def _costs(inverse: Tensor, solution: Tensor, units: Tensor, width: int) -> Tensor:
     """Loss that each of `units` adds by going: [N, N], [N, C], [u] -> [u]."""
     if width == 1:
-        return solution[units].pow(2).sum(1) / inverse.diagonal()[units]
+        energies = torch.linalg.vector_norm(solution, dim=1).square()  # without a copy of the solution
+        costs: Tensor = energies[units] / inverse.diagonal()[units]
+        return costs
     found = []
     for unit in units.tolist():
         rows = slice(unit * width, (unit + 1) * width)
