@@ -1,0 +1,242 @@
+// Attention of a tile of queries over a range of keys, the inner part of attention.cpp:
+//   o_t = sum_s e^(scale q_t . k_s - m_t) v_s,   l_t = sum_s e^(scale q_t . k_s - m_t)
+// with the running maximum m (online softmax: Milakov and Gimelshein, arXiv 1805.02867). A row is one query of one
+// head; all query heads of a KV head share each key and value that is read. Everything is summed in float32.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/attention_output.h"
+#include "cpu/attention_task.h"
+#include "cpu/exp.h"
+#include "cpu/simd.h"
+#include "cpu/vec.h"
+
+namespace depthprune::attention {
+
+// Where the rows of up to kKeys tokens start; the last is repeated up to a multiple of 4.
+template <typename T>
+DEPTHPRUNE_INLINE void find_rows(
+    const Problem& problem, const Task& task, const Source& source, int64_t first, int64_t count, const T** rows) {
+  const T* data = static_cast<const T*>(source.data) + task.kv_head * source.head_stride;
+  if (task.table == nullptr) {
+    for (int64_t j = 0; j < count; ++j) rows[j] = data + (task.first_token + first + j) * source.token_stride;
+  } else {
+    for (int64_t j = 0; j < count;) {
+      const int64_t offset = (first + j) % problem.block_size;
+      const T* block = data + task.table[(first + j) / problem.block_size] * source.block_stride;
+      const int64_t end = std::min(count, j + problem.block_size - offset);
+      for (int64_t i = offset; j < end; ++j, ++i) rows[j] = block + i * source.token_stride;
+    }
+  }
+  for (int64_t j = count; j % 4 != 0; ++j) rows[j] = rows[count - 1];
+}
+
+// Asks for rows ahead of their use: those of one KV head are too far apart for the hardware to foresee them.
+template <typename T>
+DEPTHPRUNE_INLINE void prefetch_rows(const T* const* rows, int64_t count, int64_t head_dim) {
+#if defined(__GNUC__)
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(rows[j] + d);
+  }
+#endif
+}
+
+// out_jd = row_jd as float32, zero from head_dim on.
+template <typename X>
+DEPTHPRUNE_INLINE void widen_rows(
+    const typename X::storage* const* rows, int64_t count, int64_t head_dim, int64_t padded_dim, float* out) {
+  for (int64_t j = 0; j < count; ++j) {
+    const typename X::storage* row = rows[j];
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim; ++d) out[j * padded_dim + d] = X::widen(row[d]);
+    for (int64_t d = head_dim; d < padded_dim; ++d) out[j * padded_dim + d] = 0.0f;
+  }
+}
+
+// out_dj = row_jd as float32.
+template <typename X>
+DEPTHPRUNE_INLINE void transpose_rows(
+    const typename X::storage* const* rows, int64_t count, int64_t head_dim, float* out) {
+  for (int64_t j = 0; j < count; ++j) {
+    const typename X::storage* row = rows[j];
+    for (int64_t d = 0; d < head_dim; ++d) out[d * kKeys + j] = X::widen(row[d]);
+  }
+}
+
+// One row of scores, the largest being `top`, becomes weights e^(score - m); m and l move on. Returns what the sums so
+// far are to be multiplied with. `columns` is a multiple of 16.
+DEPTHPRUNE_INLINE float softmax_row(
+    float* scores, int64_t columns, float top, float& m, float& l) {
+  constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+  const float next = top > m ? top : m;
+  const float base = next == kMinusInf ? 0.0f : next;  // nothing visible so far
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < columns; ++j) {
+    const float weight = fast_exp(scores[j] - base);
+    scores[j] = weight;
+    sum += weight;
+  }
+  const float keep = fast_exp(m - base);
+  l = l * keep + sum;
+  m = next;
+  return keep;
+}
+
+// Up to kRows rows of a task against one tile of keys.
+struct Block {
+  int64_t first_row;
+  int64_t rows;
+  int64_t first_key;
+  int64_t keys;  // of the tile; no row sees a later one
+};
+
+// The scores of a block are in scratch.scores: weigh the values with their softmax.
+template <int W, typename B>
+DEPTHPRUNE_INLINE void weigh_values(
+    const Problem& problem, const Task& task, const Block& block, B values, Scratch& scratch) {
+  constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+  const int64_t padded_dim = problem.padded_dim();
+  const int64_t all_rows = task.num_queries * problem.group;
+  const int64_t columns = (block.keys + 15) / 16 * 16;
+  float keep[kRows];
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t position = task.position + (block.first_row + r) / problem.group;
+    const int64_t oldest = problem.window > 0 ? position + 1 - problem.window : 0;
+    const int64_t begin = std::clamp<int64_t>(oldest - block.first_key, 0, block.keys);
+    const int64_t end = std::clamp<int64_t>(position + 1 - block.first_key, 0, block.keys);
+    float* scores = scratch.scores + r * kKeys;
+    for (int64_t j = 0; j < begin; ++j) scores[j] = kMinusInf;
+    for (int64_t j = end; j < columns; ++j) scores[j] = kMinusInf;
+    float& m = scratch.sums[block.first_row + r];
+    float& l = scratch.sums[all_rows + block.first_row + r];
+    keep[r] = softmax_row(scores, columns, largest<W>(scores, columns), m, l);
+  }
+  float* out = scratch.sums + 2 * all_rows + block.first_row * padded_dim;
+  multiply<W>(block.rows, scratch.scores, kKeys, values, block.keys, padded_dim, out, padded_dim, keep);
+}
+
+// All rows of a task against the keys first_key .. first_key + keys, whose rows are given.
+template <int W, typename X, Read read, typename T>
+DEPTHPRUNE_INLINE void attend_tile(
+    const Problem& problem, const Task& task, int64_t first_key, int64_t keys, const T* const* k, const T* const* v,
+    Scratch& scratch) {
+  const int64_t padded_dim = problem.padded_dim();
+  const int64_t all_rows = task.num_queries * problem.group;
+  if constexpr (read == Read::kTransposed) {
+    transpose_rows<X>(k, keys, problem.head_dim, scratch.k);
+    widen_rows<X>(v, keys, problem.head_dim, padded_dim, scratch.v);
+  }
+  for (int64_t row = 0; row < all_rows; row += kRows) {
+    Block block{row, std::min<int64_t>(kRows, all_rows - row), first_key, keys};
+    const int64_t first = task.position + row / problem.group;
+    const int64_t last = task.position + (row + block.rows - 1) / problem.group;
+    block.keys = std::min(keys, last + 1 - first_key);
+    if (block.keys <= 0 || (problem.window > 0 && first - problem.window >= first_key + keys - 1)) continue;
+    const float* q = scratch.q + row * padded_dim;
+    if constexpr (read == Read::kTransposed) {
+      multiply<W>(
+          block.rows, q, padded_dim, Panel{scratch.k, kKeys}, problem.head_dim, kKeys, scratch.scores, kKeys, nullptr);
+      weigh_values<W>(problem, task, block, Panel{scratch.v, padded_dim}, scratch);
+    } else {
+      const int64_t columns = (block.keys + 3) / 4 * 4;
+      dot<W>(block.rows, q, padded_dim, k, padded_dim, columns, scratch.scores, kKeys);
+      weigh_values<W>(problem, task, block, Scattered<T>{v}, scratch);
+    }
+  }
+}
+
+template <typename X>
+DEPTHPRUNE_INLINE void read_queries(const Problem& problem, const Task& task, Scratch& scratch) {
+  using T = typename X::storage;
+  const int64_t padded_dim = problem.padded_dim();
+  for (int64_t row = 0; row < task.num_queries * problem.group; ++row) {
+    const T* q = static_cast<const T*>(problem.q) + (task.first_query + row / problem.group) * problem.q_strides[0] +
+                 (task.kv_head * problem.group + row % problem.group) * problem.q_strides[1];  // [D]
+    float* scaled = scratch.q + row * padded_dim;
+#pragma omp simd
+    for (int64_t d = 0; d < problem.head_dim; ++d) scaled[d] = X::widen(q[d]) * problem.scale;
+    for (int64_t d = problem.head_dim; d < padded_dim; ++d) scaled[d] = 0.0f;
+  }
+}
+
+// Tiles end at multiples of kKeys.
+DEPTHPRUNE_INLINE int64_t tile_end(const Task& task, int64_t first) {
+  return std::min(task.end_key, (first / kKeys + 1) * kKeys);
+}
+
+template <int W, typename X, Read read>
+DEPTHPRUNE_INLINE void attend_keys(const Problem& problem, const Task& task, Scratch& scratch) {
+  using T = typename X::storage;
+  const int64_t padded_dim = problem.padded_dim();
+  const T* rows[2][2][kKeys];  // of keys and values, of this tile and of the next
+  int64_t end = tile_end(task, task.first_key);
+  find_rows(problem, task, problem.k, task.first_key, end - task.first_key, rows[0][0]);
+  find_rows(problem, task, problem.v, task.first_key, end - task.first_key, rows[0][1]);
+  int tile = 0;
+  for (int64_t first = task.first_key; first < task.end_key; tile = 1 - tile) {
+    const int64_t keys = end - first;
+    const T* const* k = rows[tile][0];
+    const T* const* v = rows[tile][1];
+    if (end < task.end_key) {
+      const int64_t more = tile_end(task, end) - end;
+      find_rows(problem, task, problem.k, end, more, rows[1 - tile][0]);
+      find_rows(problem, task, problem.v, end, more, rows[1 - tile][1]);
+      prefetch_rows(rows[1 - tile][0], more, problem.head_dim);
+      prefetch_rows(rows[1 - tile][1], more, problem.head_dim);
+    }
+    if constexpr (read == Read::kWidened) {
+      const float* wide_k[kKeys];
+      const float* wide_v[kKeys];
+      widen_rows<X>(k, keys, problem.head_dim, padded_dim, scratch.k);
+      widen_rows<X>(v, keys, problem.head_dim, padded_dim, scratch.v);
+      for (int64_t j = 0; j < kKeys; ++j) {
+        wide_k[j] = scratch.k + std::min(j, keys - 1) * padded_dim;
+        wide_v[j] = scratch.v + std::min(j, keys - 1) * padded_dim;
+      }
+      attend_tile<W, Float32, read>(problem, task, first, keys, wide_k, wide_v, scratch);
+    } else {
+      attend_tile<W, X, read>(problem, task, first, keys, k, v, scratch);
+    }
+    first = end;
+    end = tile_end(task, end);
+  }
+}
+
+template <int W, typename X>
+DEPTHPRUNE_INLINE void attend_as(const Problem& problem, const Task& task, Scratch& scratch, float* partials) {
+  const int64_t rows = task.num_queries * problem.group;
+  const int64_t sums = rows * (problem.padded_dim() + 2);
+  read_queries<X>(problem, task, scratch);
+  std::fill(scratch.sums, scratch.sums + rows, -std::numeric_limits<float>::infinity());
+  std::fill(scratch.sums + rows, scratch.sums + sums, 0.0f);
+  if (!task.few_rows) {
+    attend_keys<W, X, Read::kTransposed>(problem, task, scratch);
+  } else if (!problem.in_place()) {
+    attend_keys<W, X, Read::kWidened>(problem, task, scratch);
+  } else if constexpr (!std::is_same_v<X, Float16>) {
+    attend_keys<W, X, Read::kInPlace>(problem, task, scratch);
+  }
+  if (task.partial >= 0) {
+    std::memcpy(partials + task.partial, scratch.sums, sums * sizeof(float));
+  } else {
+    write_output<X>(problem, task, scratch.sums + rows, scratch.sums + 2 * rows);
+  }
+}
+
+template <int W>
+DEPTHPRUNE_INLINE void attend(const Problem& problem, const Task& task, Scratch& scratch, float* partials) {
+  switch (problem.format) {
+    case Format::kBFloat16: return attend_as<W, BFloat16>(problem, task, scratch, partials);
+    case Format::kFloat16: return attend_as<W, Float16>(problem, task, scratch, partials);
+    default: return attend_as<W, Float32>(problem, task, scratch, partials);
+  }
+}
+
+}  // namespace depthprune::attention
