@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from depthprune_runtime.engine.async_engine import AsyncEngine
+    from depthprune_runtime.engine.engine import Engine
+    from depthprune_runtime.engine.errors import EngineDead, EngineFull
     from depthprune_runtime.engine.outputs import CompletionOutput, RequestOutput
     from depthprune_runtime.engine.params import SamplingParams
     from depthprune_runtime.engine.runtime import Runtime
@@ -21,7 +24,11 @@ if TYPE_CHECKING:
     from depthprune_runtime.pruning.prune import import_model, prune
 
 __all__ = [
+    "AsyncEngine",
     "CompletionOutput",
+    "Engine",
+    "EngineDead",
+    "EngineFull",
     "InputError",
     "RequestOutput",
     "Runtime",
@@ -34,7 +41,11 @@ __all__ = [
 
 # Loaded on first use: importing the package for its version must not import torch.
 _HOMES = {
+    "AsyncEngine": "engine.async_engine",
     "CompletionOutput": "engine.outputs",
+    "Engine": "engine.engine",
+    "EngineDead": "engine.errors",
+    "EngineFull": "engine.errors",
     "InputError": "errors",
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",

@@ -43,6 +43,9 @@ NO_TORCH = [
     "engine/request.py",
     "engine/outputs.py",
     "engine/params.py",
+    "engine/errors.py",
+    "engine/kv_blocks.py",
+    "engine/scheduler.py",
 ]
 
 

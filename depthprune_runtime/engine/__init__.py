@@ -1,1 +1,1 @@
-"""Generation: sampling parameters, requests, KV cache, runner, sampler, `Runtime`."""
+"""Generation and serving: requests, scheduler, KV cache, runner, sampler; `Runtime`, `Engine`, `AsyncEngine`."""

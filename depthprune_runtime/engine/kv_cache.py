@@ -5,8 +5,6 @@ Widths differ between sub-layers of a pruned model, and a dropped attention has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from depthprune_runtime.model.sublayers import KVPair
@@ -41,17 +39,3 @@ class KVCache:
 
 def kv_blocks_needed(tokens: int, kv_block_size: int) -> int:
     return -(-tokens // kv_block_size)
-
-
-def consecutive_tables(max_tokens: Sequence[int], kv_block_size: int) -> tuple[list[list[int]], int]:
-    """Block table of each request, room for `max_tokens[b]` tokens, and the total number of kv_blocks.
-
-    Consecutive kv_blocks let the reference attention read a request's cache as one view.
-    """
-    tables: list[list[int]] = []
-    total = 0
-    for tokens in max_tokens:
-        needed = kv_blocks_needed(tokens, kv_block_size)
-        tables.append(list(range(total, total + needed)))
-        total += needed
-    return tables, total

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class CompletionOutput:
     """One output of a request.
 
     finish_reason: `stop` (end-of-sequence, stop id or stop string; stop_reason says which of the latter
-    two) or `length`. token_ids include the token that ended the output, text does not.
+    two), `length`, `abort` (by the caller) or `error` (error says why). token_ids include the token that ended
+    the output, text does not.
     """
 
     index: int
@@ -33,6 +34,7 @@ class CompletionOutput:
     logprobs: tuple[dict[int, Logprob], ...] | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    error: str | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -40,13 +42,14 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its outputs."""
+    """A prompt and its outputs. num_cached_tokens: prompt tokens whose keys and values were found in the cache."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     finished: bool
+    num_cached_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -84,3 +87,63 @@ class StreamChunk:
 
     def __str__(self) -> str:
         return self.text
+
+
+class OutputDelta(NamedTuple):
+    """What one step brought one output. Everything is new: concatenated, the deltas are the output.
+
+    text: may be empty while a character or a possible stop string is incomplete; logprobs: one entry a token, None
+    if not asked for; finish_reason, stop_reason, error: as in `CompletionOutput`, None while it runs;
+    result: with the delta that ends the last output of the request, the whole of it.
+    """
+
+    request_id: str
+    output_index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[dict[int, Logprob], ...] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    error: str | None
+    result: RequestOutput | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole request has ended."""
+        return self.result is not None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """State and totals of an engine. Outputs are counted, not requests: n of them share a prompt.
+
+    num_prompt_tokens counts tokens of admitted prompts, num_cached_tokens those of them that were found in the
+    cache (both include recomputation after a preemption).
+    """
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    num_cached_kv_blocks: int
+    num_steps: int
+    num_finished: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the kv_blocks that requests hold."""
+        return 1.0 - self.num_free_kv_blocks / self.num_kv_blocks
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        return self.num_cached_tokens / self.num_prompt_tokens if self.num_prompt_tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "kv_usage": self.kv_usage, "prefix_hit_rate": self.prefix_hit_rate}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from depthprune_runtime.engine.kv_blocks import BlockTable
 from depthprune_runtime.engine.outputs import CompletionOutput, FinishReason, Logprob
 from depthprune_runtime.engine.params import SamplingParams
 
@@ -20,34 +21,59 @@ class TextSource(Protocol):
 class Request:
     """State of one output.
 
-    prompt_ids: the prompt's tokens; params: how to sample; eos_ids: ids that end it; max_length: prompt and
-    output together, by the model's context; text: None where the checkpoint has no tokenizer.
+    request_id, output_index: whose output it is; prompt_ids: the prompt's tokens; params: how to sample; eos_ids: ids
+    that end it; max_length: prompt and output together, by the model's context; text: None where the checkpoint has
+    no tokenizer; priority: lower is sooner.
+
+    The scheduler's part: arrival (its number, unique), key (its place in line), table and num_computed (tokens whose
+    keys and values are in the cache), seat (its row among the running), blocked_at (see `Scheduler`).
     """
 
     def __init__(
         self,
-        prompt_index: int,
+        request_id: str,
         output_index: int,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         eos_ids: frozenset[int],
         max_length: int,
         text: TextSource | None,
+        priority: int = 0,
     ) -> None:
-        self.prompt_index = prompt_index
+        self.request_id = request_id
         self.output_index = output_index
-        self.prompt_ids = tuple(prompt_ids)
+        self.priority = priority
         self.params = params
-        self.max_new_tokens = min(params.max_tokens, max_length - len(self.prompt_ids))
-        self.output_ids: list[int] = []
+        self.token_ids = list(prompt_ids)  # prompt, then output
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_new_tokens = min(params.max_tokens, max_length - self.num_prompt_tokens)
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.logprobs: list[dict[int, Logprob]] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.num_cached_tokens = 0  # of the prompt, when it was first admitted
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self._stop_ids = frozenset(params.stop_token_ids)
+        self._stop_strings = params.stop_strings
         self._source = text
         self._text = ""
         self._sent = 0
+
+        self.arrival = -1
+        self.key = (0, 0)
+        self.table: BlockTable | None = None
+        self.num_computed = 0
+        self.seat = -1
+        self.blocked_at = -1
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return tuple(self.token_ids[: self.num_prompt_tokens])
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def finished(self) -> bool:
@@ -56,7 +82,16 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens of prompt and output so far."""
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens in the cache at its longest; the last token of an output is never fed back."""
+        return self.num_prompt_tokens + self.max_new_tokens - 1
 
     @property
     def text(self) -> str:
@@ -64,30 +99,41 @@ class Request:
 
     def append(self, token_id: int, alternatives: dict[int, Logprob] | None = None) -> None:
         """Take one sampled token and decide whether the output ends with it."""
-        self.output_ids.append(token_id)
+        self.token_ids.append(token_id)
         if alternatives is not None and self.cumulative_logprob is not None:
             self.logprobs.append(alternatives)
             self.cumulative_logprob += alternatives[token_id].logprob
         if token_id in self._eos_ids:
             self._finish("stop", None, flush=True)
-        elif token_id in self.params.stop_token_ids:
+        elif token_id in self._stop_ids:
             self._finish("stop", token_id, flush=True)
         else:
+            searched = len(self._text)
             if self._source is not None:
                 self._text += self._source.push(token_id)
-            if not self._cut_at_stop_string() and len(self.output_ids) >= self.max_new_tokens:
+            if not self._cut_at_stop_string(searched) and self.num_output_tokens >= self.max_new_tokens:
                 self._finish("length", None, flush=True)
+
+    def abort(self) -> None:
+        """End it as the caller wishes; its text so far stays."""
+        self._finish("abort", None, flush=False)
+
+    def fail(self, message: str) -> None:
+        """End it because of `message`; its text so far stays."""
+        self.error = message
+        self._finish("error", None, flush=False)
 
     def _finish(self, reason: FinishReason, stop: int | str | None, flush: bool) -> None:
         self.finish_reason = reason
         self.stop_reason = stop
         if flush and self._source is not None:
+            searched = len(self._text)
             self._text += self._source.flush()
-            self._cut_at_stop_string()
+            self._cut_at_stop_string(searched)
 
-    def _cut_at_stop_string(self) -> bool:
-        """End the text at the earliest stop string, if one has appeared."""
-        found = [(at, s) for s in self.params.stop_strings if (at := self._text.find(s)) >= 0]
+    def _cut_at_stop_string(self, searched: int) -> bool:
+        """End the text at the earliest stop string, if one ends after its first `searched` characters."""
+        found = [(at, s) for s in self._stop_strings if (at := self._text.find(s, max(0, searched - len(s) + 1))) >= 0]
         if not found:
             return False
         at, stop = min(found)
@@ -99,7 +145,7 @@ class Request:
         """Text not yet handed out; a tail that may become a stop string waits until that is decided."""
         held = 0
         if not self.finished:
-            for stop in self.params.stop_strings:
+            for stop in self._stop_strings:
                 longest = min(len(stop) - 1, len(self._text))
                 tail = next((n for n in range(longest, 0, -1) if self._text.endswith(stop[:n])), 0)
                 held = max(held, tail)
@@ -117,4 +163,5 @@ class Request:
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            error=self.error,
         )

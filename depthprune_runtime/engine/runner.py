@@ -1,48 +1,93 @@
-"""`Runner`: turns a step over running requests into one batch and returns the logits to sample from."""
+"""`Runner`: turns one step of the scheduler into one batch and returns the logits to sample from.
+
+All integers of a step (ids, positions, slots, bounds, lengths, block tables) are put together on the host and cross
+to the device in one copy. Block tables are kept from step to step, a row per seat; a step adds what grew.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from depthprune_runtime.engine.kv_cache import KVCache
-from depthprune_runtime.model.batch import PagedContext, packed
+from depthprune_runtime.engine.scheduler import Chunk
+from depthprune_runtime.model.batch import Batch, PagedContext
 from depthprune_runtime.model.decoder import Decoder
+
+Ints = npt.NDArray[np.int64]
+
+
+class _SeatTables:
+    """Block table of every seat as one array, [max_num_seqs, M], brought up to date where it is used."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._array: Ints = np.zeros((max_num_seqs, 64), dtype=np.int64)
+        self._filled: list[tuple[object, int]] = [(None, 0)] * max_num_seqs  # which table, and how much of it
+
+    def rows(self, chunks: Sequence[Chunk]) -> Ints:  # [B, M]
+        seats = []
+        width = 0
+        for request, _, _, _ in chunks:
+            table, seat = request.table, request.seat
+            assert table is not None
+            owner, filled = self._filled[seat]
+            count = len(table.kv_blocks)
+            if owner is not table:
+                filled = 0
+            if owner is not table or filled != count:
+                if count > self._array.shape[1]:
+                    more = max(count, 2 * self._array.shape[1]) - self._array.shape[1]
+                    self._array = np.pad(self._array, ((0, 0), (0, more)))
+                self._array[seat, filled:count] = table.kv_blocks[filled:]
+                self._filled[seat] = (table, count)
+            seats.append(seat)
+            width = max(width, count)
+        return self._array[seats, :width]
 
 
 class Runner:
-    """A decoder with its KV cache. tables: kv_blocks of each request."""
+    """A decoder with its KV cache."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, tables: Sequence[Sequence[int]]) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, max_num_seqs: int) -> None:
         self._decoder = decoder
         self._cache = cache
-        self._tables = tables
+        self._tables = _SeatTables(max_num_seqs)
 
-    def step(
-        self,
-        requests: Sequence[int],  # indices into the tables
-        new_tokens: Sequence[Sequence[int]],  # ids not yet in the cache, one sequence a request
-        context_lens: Sequence[int],  # tokens of each request already in the cache
-    ) -> Tensor:  # [B, V]
-        """Append the new tokens to the cache; logits after the last new token of each request."""
-        device = self._decoder.device
+    def run(self, chunks: Sequence[Chunk]) -> Tensor | None:  # [R, V]
+        """Compute the chunks' tokens; logits of those that sample, in order, or None if there are none."""
+        ids: list[int] = []
+        for request, start, length, _ in chunks:
+            if length == 1:
+                ids.append(request.token_ids[start])
+            else:
+                ids += request.token_ids[start : start + length]
+        starts = np.array([c.start for c in chunks], dtype=np.int64)
+        lengths = np.array([c.length for c in chunks], dtype=np.int64)
+        bounds = np.zeros(len(chunks) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=bounds[1:])
+        positions = np.arange(len(ids)) + np.repeat(starts - bounds[:-1], lengths)
+        tables = self._tables.rows(chunks)
         size = self._cache.kv_block_size
-        slots: list[int] = []
-        for request, tokens, start in zip(requests, new_tokens, context_lens, strict=True):
-            table = self._tables[request]
-            slots += [table[p // size] * size + p % size for p in range(start, start + len(tokens))]
-        tables = [list(self._tables[r]) for r in requests]
-        width = max(map(len, tables))
-        lengths = [len(t) for t in new_tokens]
-        paged = PagedContext(
-            slot_mapping=torch.tensor(slots, device=device),
-            block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], device=device),
-            context_lens=torch.tensor([c + n for c, n in zip(context_lens, lengths, strict=True)], device=device),
-            fresh=not any(context_lens),
-        )
-        batch = packed(lengths, device, context_lens, paged)
-        ids = torch.tensor([t for tokens in new_tokens for t in tokens], device=device)
-        hidden = self._decoder.hidden_states(ids, batch, self._cache.pairs, select=batch.last_tokens)
-        return self._decoder.logits(hidden)
+        slots = tables[np.repeat(np.arange(len(chunks)), lengths), positions // size] * size + positions % size
+        sampling = [c.samples for c in chunks]
+        select = bounds[1:][sampling] - 1 if any(sampling) else bounds[1:2] - 1  # at least one, for the final norm
+        ends = starts + lengths
+        parts = (np.array(ids, dtype=np.int64), positions, slots, bounds, ends, select, tables.reshape(-1))
+        token_ids, positions_, slots_, bounds_, ends_, select_, tables_ = self._to_device(parts)
+        paged = PagedContext(slots_, tables_.view(tables.shape), ends_, fresh=not starts.any())
+        batch = Batch(positions_, bounds_, int(ends.max()) - 1, paged)
+        hidden = self._decoder.hidden_states(token_ids, batch, self._cache.pairs, select=select_)
+        return self._decoder.logits(hidden) if any(sampling) else None
+
+    def _to_device(self, parts: Sequence[Ints]) -> list[Tensor]:
+        """Each part as int64 on the device, in one copy."""
+        whole = torch.from_numpy(np.concatenate(parts))
+        if self._decoder.device.type == "cuda":
+            whole = whole.pin_memory().to(self._decoder.device, non_blocking=True)
+        elif self._decoder.device.type != "cpu":
+            whole = whole.to(self._decoder.device)
+        return list(whole.split([p.size for p in parts]))

@@ -23,7 +23,7 @@ class Pieces:
 
 def run(ids: list[int], stop: list[str], include: bool) -> tuple[Request, list[str]]:
     params = SamplingParams(stop=stop, include_stop_str_in_output=include, max_tokens=len(ids), ignore_eos=True)
-    request = Request(0, 0, (1,), params, frozenset(), 10**6, Pieces())
+    request = Request("r", 0, (1,), params, frozenset(), 10**6, Pieces())
     news = []
     for token in ids:
         request.append(token)
@@ -61,7 +61,7 @@ def test_a_possible_stop_string_is_held_back_and_released():
 
 
 def test_eos_ends_without_text():
-    request = Request(0, 0, (1,), SamplingParams(max_tokens=9), frozenset({3}), 100, Pieces())
+    request = Request("r", 0, (1,), SamplingParams(max_tokens=9), frozenset({3}), 100, Pieces())
     request.append(1)
     request.append(3)
     assert (request.text, request.finish_reason, request.stop_reason) == ("a", "stop", None)

@@ -16,7 +16,14 @@ from transformers.generation.logits_process import (
 )
 
 from depthprune_runtime import SamplingParams
-from depthprune_runtime.engine.sampler import RequestSampler, filter_logits, penalize_repetition
+from depthprune_runtime.engine.sampler import (
+    NOT_FINITE,
+    RequestSampler,
+    filter_logits,
+    penalize_repetition,
+    sample_batch,
+    top_logprobs,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -34,7 +41,12 @@ def test_processing_equals_transformers(seed, size, temperature, top_k, top_p, m
     logits = torch.randn(size, generator=generator) * 4
     seen = torch.randint(0, size, (5,), generator=generator).unique()
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    ours = filter_logits(penalize_repetition(logits, seen, penalty), params)
+    mask = torch.zeros(1, size, dtype=torch.bool).index_fill(1, seen, True)
+    penalized = penalize_repetition(logits[None], mask, torch.tensor([[penalty]]))
+    others = [SamplingParams(temperature=0.5, top_k=3), SamplingParams(temperature=2.0, top_p=0.5, min_p=0.1)]
+    batch = torch.cat((torch.randn(1, size, generator=generator), penalized, torch.zeros(1, size)))
+    ours = filter_logits(batch, [others[0], params, others[1]])[1]
+    torch.testing.assert_close(ours, filter_logits(penalized, [params])[0], rtol=0, atol=0)
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
     if top_k > 0:
         processors.append(TopKLogitsWarper(top_k))
@@ -46,22 +58,91 @@ def test_processing_equals_transformers(seed, size, temperature, top_k, top_p, m
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+@pytest.mark.parametrize("top_p", [0.001, 0.5, 0.9, 0.99, 0.995])
+def test_top_p_of_a_large_vocabulary_equals_transformers(top_p, spread):
+    """Peaked rows are settled among the most likely tokens, flat ones are not."""
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(5)) * spread
+    ours = filter_logits(logits, [SamplingParams(top_p=top_p)] * 3)
+    torch.testing.assert_close(ours, TopPLogitsWarper(top_p)(None, logits))
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5])
     params = SamplingParams(temperature=0.7, top_k=4, seed=3)
-    expected = filter_logits(logits, params).softmax(-1)
-    sampler = RequestSampler(params, (), 0, torch.device("cpu"))
+    expected = filter_logits(logits[None], [params])[0].softmax(-1)
+    sampler = RequestSampler(params, (), 0, 5, torch.device("cpu"))
     count = 4000
-    drawn = torch.bincount(torch.tensor([sampler.sample(logits) for _ in range(count)]), minlength=5) / count
+    rows = logits.expand(count, -1)  # one request has its row in many batches at once: only its draws matter
+    drawn = torch.bincount(torch.tensor(sample_batch(rows, [sampler] * count)), minlength=5) / count
     assert float(drawn[3]) == 0  # not among the top four
     assert (drawn - expected).abs().max() < 4 * (0.25 / count) ** 0.5  # four standard errors at most
 
 
 def test_the_penalty_sees_prompt_and_output():
-    logits = torch.tensor([3.0, 2.9, 2.8, 2.7])
+    logits = torch.tensor([[3.0, 2.9, 2.8, 2.7]])
     params = SamplingParams(temperature=0, repetition_penalty=1.5)
-    sampler = RequestSampler(params, (0,), 0, torch.device("cpu"))
-    assert [sampler.sample(logits) for _ in range(3)] == [1, 2, 3]
+    sampler = RequestSampler(params, (0,), 0, 4, torch.device("cpu"))
+    assert [sample_batch(logits, [sampler])[0] for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_draw_depends_on_its_own_request_only():
+    """The same token whatever the company, in a mixed batch of greedy, penalised and sampled rows."""
+    cpu, size = torch.device("cpu"), 50
+    logits = torch.randn(6, size, generator=torch.Generator().manual_seed(0)) * 3
+    kinds = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=0.7, seed=2, top_k=9, top_p=0.8),
+        SamplingParams(temperature=0, repetition_penalty=1.8),
+        SamplingParams(temperature=1.3, seed=3, min_p=0.05, repetition_penalty=0.8),
+        SamplingParams(temperature=0.2, seed=4),
+    ]
+
+    def fresh(i):
+        return RequestSampler(kinds[i], (1, 2, 3), 0, size, cpu)
+
+    together = [fresh(i) for i in range(6)]
+    alone = [fresh(i) for i in range(6)]
+    for _ in range(5):
+        batch = sample_batch(logits, together)
+        assert batch == [sample_batch(logits[i : i + 1], [alone[i]])[0] for i in range(6)]
+    assert batch[0] == int(logits[0].argmax())
+
+
+def test_seeds_and_outputs_have_streams_of_their_own():
+    def draws(seed, stream):
+        sampler = RequestSampler(SamplingParams(seed=seed), (), stream, 5, torch.device("cpu"))
+        return tuple(sampler.draw() for _ in range(3))
+
+    keys = [(seed, stream) for seed in (0, 1, 2, 2**32, 2**70) for stream in range(3)]
+    assert len({draws(*k) for k in keys}) == len(keys)
+    assert draws(7, 1) == draws(7, 1)
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_a_damaged_row_is_told_and_alone(damage):
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    logits[1, 4] = damage
+    for params in (SamplingParams(temperature=0), SamplingParams(seed=1), SamplingParams(seed=1, top_p=0.5, top_k=5)):
+        samplers = [RequestSampler(params, (), i, 20, torch.device("cpu")) for i in range(3)]
+        tokens = sample_batch(logits, samplers)
+        assert tokens[1] == NOT_FINITE
+        assert min(tokens[0], tokens[2]) >= 0
+
+
+def test_top_logprobs_of_a_batch_equal_those_of_its_rows():
+    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(2))
+    tokens, counts = [4, int(logits[1].argmax()), 9], [0, 2, 5]
+    for row, found, token, count in zip(logits, top_logprobs(logits, tokens, counts), tokens, counts, strict=True):
+        expected = row.log_softmax(-1)
+        order = expected.argsort(descending=True).tolist()
+        ids = [t for t, _, _ in found]
+        assert ids[:count] == order[:count]
+        assert set(ids) == {*order[:count], token}
+        for t, value, rank in found:
+            assert value == pytest.approx(float(expected[t]), abs=1e-6)
+            assert rank == order.index(t) + 1
 
 
 @pytest.mark.parametrize("name", ["n", "top_k", "max_tokens", "logprobs", "seed"])

@@ -1,0 +1,280 @@
+"""`Engine`: many requests over one model, a step at a time. What a serving backend embeds.
+
+    engine = Runtime.load("pruned.safetensors").engine(kv_memory="2GiB")
+    engine.add_request("Once upon a time", SamplingParams(max_tokens=32))
+    while engine.has_unfinished():
+        for delta in engine.step():
+            print(delta.text, end="")
+
+One thread at a time; `AsyncEngine` is for many callers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.engine.errors import EngineDead
+from depthprune_runtime.engine.inputs import Inputs, Prompt, RequestGroup
+from depthprune_runtime.engine.kv_blocks import KVBlockPool
+from depthprune_runtime.engine.kv_cache import KVCache
+from depthprune_runtime.engine.memory import KVMemory, default_kv_memory, kv_bytes, num_kv_blocks
+from depthprune_runtime.engine.outputs import EngineStats, Logprob, OutputDelta, RequestOutput
+from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.request import Request
+from depthprune_runtime.engine.runner import Runner
+from depthprune_runtime.engine.sampler import RequestSampler, sample_batch, top_logprobs
+from depthprune_runtime.engine.scheduler import Chunk, Scheduler
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.model.decoder import Decoder
+
+KV_BLOCK_SIZE = 16  # tokens
+_DAMAGED = "logits are not finite: the weights are damaged, or overflow in this dtype; try dtype float32"
+_log = logging.getLogger("depthprune_runtime")
+
+Alternatives = dict[int, Logprob]
+
+
+def _at_least(name: str, value: int, least: int, why: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name}: expected an integer >= {least}{why}, got {value!r}")
+
+
+class Engine:
+    """A decoder, its KV cache and the requests that run on them.
+
+    kv_memory: of the KV cache: bytes (an int, or text such as "2GiB") or a fraction in (0, 1] of the device's free
+    memory; None is 0.9 of a GPU's, 0.5 of a CPU's. Never more is taken than `max_num_seqs` full contexts need.
+    max_num_seqs: outputs running at once; max_num_batched_tokens: tokens computed in a step, prompts in chunks;
+    max_waiting: outputs in the waiting queue, None for any number; enable_prefix_caching: reuse keys and values of
+    equal beginnings.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        inputs: Inputs,
+        *,
+        kv_memory: KVMemory | None = None,
+        kv_block_size: int = KV_BLOCK_SIZE,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        max_waiting: int | None = 1024,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        _at_least("kv_block_size", kv_block_size, 1)
+        _at_least("max_num_seqs", max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", max_num_batched_tokens, max_num_seqs, " (max_num_seqs)")
+        if max_waiting is not None:
+            _at_least("max_waiting", max_waiting, 1)
+        self.inputs = inputs
+        self._decoder = decoder
+        memory = kv_bytes(default_kv_memory(decoder.device) if kv_memory is None else kv_memory, decoder.device)
+        contexts = max_num_seqs * -(-decoder.spec.max_position_embeddings // kv_block_size) + max_num_seqs
+        count = num_kv_blocks(memory, decoder.spec, kv_block_size, decoder.dtype, contexts)
+        try:
+            self._cache = KVCache(decoder.spec, count, kv_block_size, decoder.device, decoder.dtype)
+        except RuntimeError as error:  # torch's out-of-memory errors
+            raise InputError(f"kv_memory: {memory} bytes cannot be allocated; lower it ({error})") from error
+        self._pool = KVBlockPool(count, kv_block_size, enable_prefix_caching)
+        self._scheduler = Scheduler(self._pool, max_num_seqs, max_num_batched_tokens, max_waiting)
+        self._runner = Runner(decoder, self._cache, max_num_seqs)
+        self._groups: dict[str, RequestGroup] = {}
+        self._samplers: dict[int, RequestSampler] = {}  # by arrival
+        self._news: list[OutputDelta] = []  # of aborted requests, for the next step
+        self._numbers = itertools.count()
+        self._closed = False
+        self._cause: BaseException | None = None
+        self._num_steps = self._num_finished = self._num_output_tokens = 0
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self._cache.nbytes
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._pool.num_kv_blocks * self._pool.kv_block_size
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> RequestGroup:
+        """The first half of `add_request`: everything that needs no state of the engine. Any thread may call it."""
+        if request_id is None:
+            request_id = f"request-{next(self._numbers)}"
+        return self.inputs.group(prompt, sampling_params, request_id, priority)
+
+    def add(self, group: RequestGroup) -> str:
+        """Queue a prepared request; the second half of `add_request`."""
+        self._require_alive()
+        if group.request_id in self._groups:
+            raise InputError(f"request_id: {group.request_id!r} is in use by an unfinished request")
+        size, device = self._decoder.spec.vocab_size, self._decoder.device
+        samplers = [RequestSampler(r.params, group.prompt_ids, r.output_index, size, device) for r in group.requests]
+        self._scheduler.add(group.requests)
+        for request, sampler in zip(group.requests, samplers, strict=True):
+            self._samplers[request.arrival] = sampler
+        self._groups[group.request_id] = group
+        return group.request_id
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> str:
+        """Queue a prompt (text or token ids); returns its id.
+
+        priority: lower is sooner (see `Scheduler` for the rule). Raises InputError for what can never run, EngineFull
+        when `max_waiting` is reached, EngineDead after `close` or a failed step.
+        """
+        return self.add(self.prepare(prompt, sampling_params, request_id, priority))
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return not self._closed and (bool(self._news) or self._scheduler.has_unfinished)
+
+    @torch.inference_mode()
+    def step(self) -> list[OutputDelta]:
+        """Compute one batch; what it brought each output, and the ends of those aborted since the last step.
+
+        A request that fails alone ends with finish_reason "error". An exception from here is a defect or a lost
+        device: the engine has then stopped for good.
+        """
+        self._require_alive()
+        try:
+            deltas, self._news = self._news, []
+            chunks = self._scheduler.schedule()
+            if chunks:
+                self._num_steps += 1
+                logits = self._runner.run(chunks)
+                if logits is not None:
+                    deltas += self._sample(chunks, logits)
+            return deltas
+        except BaseException as error:
+            self._stop(error)
+            raise
+
+    def _sample(self, chunks: Sequence[Chunk], logits: Tensor) -> list[OutputDelta]:  # [R, V]
+        requests = [c.request for c in chunks if c.samples]
+        tokens = sample_batch(logits, [self._samplers[r.arrival] for r in requests])
+        rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None and tokens[i] >= 0]
+        found: dict[int, list[tuple[int, float, int]]] = {}
+        if rows:
+            counts = [requests[i].params.logprobs or 0 for i in rows]
+            wanted = logits if len(rows) == len(requests) else logits[rows]
+            found = dict(zip(rows, top_logprobs(wanted, [tokens[i] for i in rows], counts), strict=True))
+        return [self._advance(r, t, found.get(i)) for i, (r, t) in enumerate(zip(requests, tokens, strict=True))]
+
+    def _advance(self, request: Request, token: int, likely: list[tuple[int, float, int]] | None) -> OutputDelta:
+        """Give a request its next token; whatever goes wrong with it is its own end only."""
+        before = len(request.token_ids)
+        if token < 0:
+            request.fail(_DAMAGED)
+        else:
+            try:
+                alternatives = None
+                if likely is not None:
+                    alternatives = {t: Logprob(p, rank, self.inputs.token_text(t)) for t, p, rank in likely}
+                request.append(token, alternatives)
+            except Exception as error:
+                request.fail(f"its text cannot be decoded: {type(error).__name__}: {error}")
+        new = tuple(request.token_ids[before:])
+        self._num_output_tokens += len(new)
+        return self._delta(request, new, damaged=token < 0)
+
+    def _delta(self, request: Request, new: tuple[int, ...], damaged: bool = False) -> OutputDelta:
+        """News of a request; takes it out if it has ended."""
+        result = None
+        if request.finish_reason is not None:
+            if request.error is not None:
+                _log.warning("request %s failed: %s", request.request_id, request.error)
+            self._scheduler.remove(request, damaged)
+            del self._samplers[request.arrival]
+            self._num_finished += 1
+            group = self._groups[request.request_id]
+            group.num_unfinished -= 1
+            if group.num_unfinished == 0:
+                del self._groups[group.request_id]
+                result = _result(group)
+        logprobs = None
+        if request.params.logprobs is not None:
+            logprobs = tuple(request.logprobs[len(request.logprobs) - len(new) :]) if new else ()
+        return OutputDelta(
+            request.request_id,
+            request.output_index,
+            request.take_news(),
+            new,
+            logprobs,
+            request.finish_reason,
+            request.stop_reason,
+            request.error,
+            result,
+        )
+
+    def abort(self, request_id: str) -> bool:
+        """End a request and free its kv_blocks; its last delta comes with the next step. False if it has ended."""
+        self._require_alive()
+        group = self._groups.get(request_id)
+        if group is None:
+            return False
+        for request in group.requests:
+            if not request.finished:
+                request.abort()
+                self._news.append(self._delta(request, ()))
+        return True
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=self._scheduler.num_waiting,
+            num_kv_blocks=self._pool.num_kv_blocks,
+            num_free_kv_blocks=self._pool.num_free,
+            num_cached_kv_blocks=self._pool.num_cached,
+            num_steps=self._num_steps,
+            num_finished=self._num_finished,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_prompt_tokens=self._scheduler.num_prompt_tokens,
+            num_cached_tokens=self._scheduler.num_cached_tokens,
+            num_output_tokens=self._num_output_tokens,
+        )
+
+    def clear_prefix_cache(self) -> None:
+        """Forget the contents of all kv_blocks; running requests go on."""
+        self._pool.clear_cache()
+
+    def close(self) -> None:
+        """Drop all requests and the KV cache. The decoder is not ours to close."""
+        self._stop(None)
+
+    def _stop(self, cause: BaseException | None) -> None:
+        if not self._closed:
+            self._closed, self._cause = True, cause
+            self._groups, self._samplers, self._news = {}, {}, []
+            self._cache.pairs.clear()
+
+    def _require_alive(self) -> None:
+        if self._closed:
+            why = "it was closed" if self._cause is None else f"a step failed: {self._cause!r}"
+            raise EngineDead(f"the engine has stopped: {why}; make a new one") from self._cause
+
+    def check(self) -> None:
+        """Assert the invariants of scheduler and pool. For tests."""
+        self._scheduler.check()
+        unfinished = {r.arrival for g in self._groups.values() for r in g.requests if not r.finished}
+        assert unfinished == set(self._samplers)
+
+
+def _result(group: RequestGroup) -> RequestOutput:
+    outputs = tuple(r.output() for r in group.requests)
+    cached = group.requests[0].num_cached_tokens
+    return RequestOutput(group.request_id, group.prompt, group.prompt_ids, outputs, True, cached)

@@ -1,0 +1,151 @@
+"""`Inputs`: prompts and sampling parameters as users give them, checked and turned into requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.request import Request
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+_DEFAULT_NEW_TOKENS = 128
+
+
+@dataclasses.dataclass
+class RequestGroup:
+    """A prompt and its outputs. prompt: None where token ids were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_ids: tuple[int, ...]
+    requests: list[Request]
+    num_unfinished: int
+
+
+class Inputs:
+    """What a model needs to know to take requests. Holds no state of any request: threads may share it.
+
+    name: of the checkpoint, for messages; tokenizer: None if it carries none; config: its generation config.
+    """
+
+    def __init__(self, name: str, spec: DecoderSpec, tokenizer: Tokenizer | None, config: Mapping[str, Any]) -> None:
+        self.name = name
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.default_sampling_params = _default_params(config)
+        self._eos_ids = _eos_ids(config, tokenizer)
+
+    def require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(f"{self.name}: it carries no tokenizer, so text cannot be used; give token ids")
+        return self.tokenizer
+
+    def check_ids(self, ids: Sequence[int], what: str) -> None:
+        if ids and min(ids) >= 0 and max(ids) < self.spec.vocab_size:
+            return
+        wrong = next((i for i in ids if not 0 <= i < self.spec.vocab_size), None)
+        if wrong is not None:
+            raise InputError(f"{what}: expected token ids below {self.spec.vocab_size}, got {wrong}")
+
+    def check_length(self, length: int, what: str, room: int) -> None:
+        most = self.spec.max_position_embeddings - room
+        if length > most:
+            raise InputError(
+                f"{what}: expected at most {most} tokens (the model's context is "
+                f"{self.spec.max_position_embeddings}), got {length}; shorten it"
+            )
+
+    def encode(self, prompt: Prompt, what: str = "prompt") -> list[int]:
+        """Token ids of `prompt`, with room for at least one more."""
+        ids = self.require_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise InputError(f"{what}: empty; expected at least one token")
+        if not all(isinstance(t, int) for t in ids):
+            raise InputError(f"{what}: expected a string or a sequence of token ids, got {type(prompt).__name__}")
+        self.check_ids(ids, what)
+        self.check_length(len(ids), what, room=1)
+        return ids
+
+    def params(self, params: SamplingParams | None, options: Mapping[str, Any] | None = None) -> SamplingParams:
+        """`params`, or the model's own, with `options` replaced; validated anew."""
+        options = dict(options or {})
+        if "max_new_tokens" in options:
+            options["max_tokens"] = options.pop("max_new_tokens")
+        known = {f.name for f in dataclasses.fields(SamplingParams)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise InputError(f"unknown options {unknown}; known are {sorted(known)} and max_new_tokens")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InputError(f"sampling_params: expected SamplingParams, got {type(params).__name__}")
+        chosen = dataclasses.replace(params or self.default_sampling_params, **options)
+        if chosen.stop and self.tokenizer is None:
+            raise InputError(f"stop: {self.name} carries no tokenizer; use stop_token_ids")
+        return chosen
+
+    def group(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str,
+        priority: int = 0,
+        what: str = "prompt",
+    ) -> RequestGroup:
+        """The outputs of one prompt, ready to be queued."""
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InputError(f"priority: expected an integer, lower is sooner, got {priority!r}")
+        if not isinstance(request_id, str):
+            raise InputError(f"request_id: expected a string, got {request_id!r}")
+        if not isinstance(prompt, str | Sequence):
+            raise InputError(f"{what}: expected a string or a sequence of token ids, got {type(prompt).__name__}")
+        ids = self.encode(prompt, what)
+        params = self.params(params)
+        requests = [
+            Request(
+                request_id,
+                index,
+                ids,
+                params,
+                self._eos_ids,
+                self.spec.max_position_embeddings,
+                None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens),
+                priority,
+            )
+            for index in range(params.n)
+        ]
+        return RequestGroup(request_id, prompt if isinstance(prompt, str) else None, tuple(ids), requests, params.n)
+
+    def token_text(self, token: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
+
+
+def listed(prompts: Prompt | Sequence[Prompt]) -> list[tuple[str, Prompt]]:
+    """(name for messages, prompt) of a single prompt or each of several."""
+    single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
+    found: list[Any] = [prompts] if single else list(prompts)
+    if not found:
+        raise InputError("prompts: expected at least one prompt, got none")
+    return [("prompt" if len(found) == 1 else f"prompts[{i}]", p) for i, p in enumerate(found)]
+
+
+def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+    stated = config.get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [stated]
+    if tokenizer is not None:
+        ids = list(itertools.chain(ids, [tokenizer.special_token_id("eos_token")]))
+    return frozenset(i for i in ids if isinstance(i, int))
+
+
+def _default_params(config: Mapping[str, Any]) -> SamplingParams:
+    """The model's generation config where it asks for sampling, else greedy."""
+    if not config.get("do_sample"):
+        penalty = config.get("repetition_penalty")
+        return SamplingParams(temperature=0.0, max_tokens=_DEFAULT_NEW_TOKENS, repetition_penalty=penalty or 1.0)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    stated = {n: config[n] for n in names if config.get(n) is not None}
+    return SamplingParams(max_tokens=_DEFAULT_NEW_TOKENS, **stated)

@@ -1,0 +1,93 @@
+"""A minimal serving backend around the engine: POST a prompt, read the tokens as they come.
+
+    pip install starlette uvicorn
+    python examples/embed_backend.py pruned.safetensors --port 8000
+    curl -N localhost:8000/generate -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+
+The answer is server-sent events, one JSON object per step. A client that goes away aborts its request; a full queue
+is answered with 503, a bad request with 400 and one line that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from depthprune_runtime import AsyncEngine, Engine, EngineDead, EngineFull, InputError, Runtime, SamplingParams
+from depthprune_runtime.engine.async_engine import RequestStream
+
+
+def app(engine: Engine) -> Starlette:
+    """The application; it owns `engine` from its start to its shutdown."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(application: Starlette) -> AsyncIterator[None]:
+        application.state.engine = AsyncEngine(engine)
+        try:
+            yield
+        finally:
+            await application.state.engine.close()
+
+    routes = [Route("/generate", generate, methods=["POST"]), Route("/stats", stats)]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+async def generate(request: Request) -> Response:
+    try:
+        options = json.loads(await request.body())
+        prompt, priority = options.pop("prompt"), options.pop("priority", 0)
+        params = SamplingParams(**options)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # InputError is a ValueError
+        return _refusal(400, f"expected a JSON object with a prompt and sampling parameters: {error}")
+    try:
+        stream = await request.app.state.engine.submit(prompt, params, priority=priority)
+    except InputError as error:
+        return _refusal(400, str(error))
+    except EngineFull as error:
+        return _refusal(503, str(error))
+    except EngineDead as error:
+        return _refusal(500, str(error))
+    return StreamingResponse(_events(stream), media_type="text/event-stream")
+
+
+async def _events(stream: RequestStream) -> AsyncIterator[str]:
+    try:
+        async for delta in stream:
+            event: dict[str, Any] = {"text": delta.text, "token_ids": delta.token_ids}
+            if delta.finish_reason is not None:
+                event |= {"index": delta.output_index, "finish_reason": delta.finish_reason, "error": delta.error}
+            yield f"data: {json.dumps(event)}\n\n"
+    finally:
+        stream.abort()  # the client has gone, or the output has ended
+
+
+async def stats(request: Request) -> Response:
+    return JSONResponse((await request.app.state.engine.stats()).to_json())
+
+
+def _refusal(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status_code=status)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--kv-memory", default=None, help='of the KV cache, such as "2GiB"')
+    args = parser.parse_args()
+    engine = Runtime.load(args.model).engine(kv_memory=args.kv_memory)
+    uvicorn.run(app(engine), host=args.host, port=args.port)
+
+
+if __name__ == "__main__":
+    main()

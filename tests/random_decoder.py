@@ -1,0 +1,49 @@
+"""Decoders with random weights, without files, and what they say to one request without paging or batching."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from depthprune_runtime.engine.engine import Engine
+from depthprune_runtime.engine.inputs import Inputs
+from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.sampler import RequestSampler, sample_batch
+from depthprune_runtime.model.batch import packed
+from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.spec import DecoderSpec
+
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def decoder(spec: DecoderSpec) -> Decoder:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.rand(shape, generator=generator) + 0.5
+        if name.endswith("norm.weight")
+        else torch.randn(shape, generator=generator) * 0.3
+        for name, shape in spec.tensor_shapes().items()
+    }
+    return Decoder(spec, tensors.__getitem__, CPU, torch.float32)
+
+
+def engine(spec: DecoderSpec, kv_blocks: int | None = None, kv_block_size: int = 4, **options: object) -> Engine:
+    """An engine with room for exactly `kv_blocks`."""
+    if kv_blocks is not None:
+        options["kv_memory"] = kv_blocks * kv_block_size * spec.kv_bytes_per_token(4)
+    return Engine(decoder(spec), Inputs("random", spec, None, {}), kv_block_size=kv_block_size, **options)
+
+
+@functools.cache
+def solo(spec: DecoderSpec, prompt: tuple[int, ...], params: SamplingParams, output_index: int = 0) -> tuple[int, ...]:
+    """Tokens of one output: every step runs the whole text again."""
+    model = decoder(spec)
+    sampler = RequestSampler(params, prompt, output_index, spec.vocab_size, CPU)
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(min(params.max_tokens, spec.max_position_embeddings - len(prompt))):
+            hidden = model.hidden_states(torch.tensor(ids), packed([len(ids)], CPU))
+            ids += sample_batch(model.logits(hidden[-1:]), [sampler])
+    return tuple(ids[len(prompt) :])
