@@ -64,9 +64,8 @@ def _gram(states: TokenStates, inner: TokenStates, batches: range) -> Tensor:  #
     width = inner.values.shape[-1]
     total = linalg.zeros((width, width), torch.float32, inner.values.device)
     for b in batches:
-        z = inner.batch(b)
-        linalg.accumulate_(total, z, z, _weights(states.batch(b)))
-    return total
+        linalg.accumulate_gram_(total, inner.batch(b), _weights(states.batch(b)))
+    return linalg.mirror_(total)
 
 
 def _begin(states: TokenStates, inner: TokenStates | None, lam: float) -> _Start:

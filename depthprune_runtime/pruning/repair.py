@@ -49,10 +49,11 @@ def accumulate(visit: Visit, weighting: Weighting) -> Moments:
             width, hidden = inner.shape[1], residual.shape[1]
             gram = linalg.zeros((width, width), torch.float32, inner.device)
             moments = Moments(gram, linalg.zeros((width, hidden), torch.float32, inner.device))
-        linalg.accumulate_(moments.gram, inner, inner, weights)
+        linalg.accumulate_gram_(moments.gram, inner, weights)
         linalg.accumulate_(moments.cross, inner, residual, weights)
         tokens += inner.shape[0]
     assert moments is not None
+    linalg.mirror_(moments.gram)
     moments.gram /= tokens
     moments.cross /= tokens
     return moments

@@ -1,0 +1,228 @@
+"""Tables of the README and their plot, made from the rows under benchmarks/results.
+
+    python benchmarks/tables.py           # rewrites the marked parts of README.md and results/quality.svg
+    python benchmarks/tables.py --check   # says whether README.md agrees with the rows; exit status 1 if not
+    python benchmarks/tables.py --json    # the tables' rows
+
+A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`. Of several rows of one configuration the last
+one counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LIMIT = 500  # rows of a zero-shot task
+Row = Mapping[str, str]
+
+
+def read(name: str, folder: Path = RESULTS) -> list[dict[str, str]]:
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def last(rows: Sequence[Row], *key: str) -> dict[tuple[str, ...], Row]:
+    """The last row of every configuration, in order of first appearance."""
+    return {tuple(row[k] for k in key): row for row in rows}
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines])
+
+
+def zero_shot(row: Row) -> tuple[float, float] | None:
+    """Mean accuracy over the tasks and its standard error, in per cent."""
+    if not row["accuracy"]:
+        return None
+    found: dict[str, float] = json.loads(row["accuracy"])
+    variance = sum(p * (1 - p) / LIMIT for p in found.values())
+    return 100 * statistics.mean(found.values()), 100 * math.sqrt(variance) / len(found)
+
+
+def quality_rows() -> list[dict[str, Any]]:
+    """One a variant, depth and repair: seed 0, calibrated on WikiText-2, with zero-shot accuracy where it was taken."""
+    rows = [r for r in read("quality") if r["seed"] == "0" and r["calibration"] == "wikitext2"]
+    scored = last([r for r in rows if r["tasks"]], "variant", "blocks_fewer", "repair")
+    found = {**last(rows, "variant", "blocks_fewer", "repair"), **scored}
+    order = sorted(found.values(), key=lambda r: (int(r["blocks_fewer"]), r["variant"], r["repair"]))
+    return [
+        {
+            "blocks_fewer": int(r["blocks_fewer"]),
+            "variant": r["variant"],
+            "repair": r["repair"],
+            "parameters": int(r["parameters"]),
+            "perplexity": float(r["perplexity"]),
+            "zero_shot": zero_shot(r),
+            "prune_s": float(r["prune_s"]),
+            "peak_mb": int(r["peak_mb"]),
+        }
+        for r in order
+    ]
+
+
+MAIN = ("dense", "shortgpt", "finercut, fast", "flattengpt")
+ABLATION = (
+    "flattened, wide",
+    "flattened, heads narrowed",
+    "flattened, heads and channels",
+    "flattengpt, paper's choices",
+)
+
+
+def _score(row: Mapping[str, Any]) -> str:
+    return "" if row["zero_shot"] is None else f"{row['zero_shot'][0]:.1f} ± {row['zero_shot'][1]:.1f}"
+
+
+def quality_table() -> str:
+    lines = []
+    rows = [r for r in quality_rows() if r["variant"] in MAIN]
+    for row in rows:
+        best = min(r["perplexity"] for r in rows if r["blocks_fewer"] == row["blocks_fewer"])
+        value = f"{row['perplexity']:.2f}"
+        lines.append(
+            [
+                str(row["blocks_fewer"]),
+                row["variant"],
+                row["repair"] if row["blocks_fewer"] else "",
+                f"{row['parameters'] / 1e6:.1f} M",
+                f"**{value}**" if row["perplexity"] == best and row["blocks_fewer"] else value,
+                _score(row),
+                f"{row['prune_s']:.0f} s" if row["blocks_fewer"] else "",
+                f"{row['peak_mb']} MB" if row["blocks_fewer"] else "",
+            ]
+        )
+    heads = ("blocks fewer", "method", "repair", "parameters", "perplexity", "zero-shot", "prune", "peak memory")
+    return markdown(heads, lines)
+
+
+def ablation_table() -> str:
+    found = {(r["variant"], r["repair"]): r for r in quality_rows() if r["blocks_fewer"] == 3}
+    steps = [
+        ("flattened, left wide", "flattened, wide", "none"),
+        ("+ heads narrowed", "flattened, heads narrowed", "none"),
+        ("+ channels narrowed", "flattened, heads and channels", "none"),
+        ("+ compensation = FlattenGPT as printed", "flattengpt", "none"),
+        ("+ repair", "flattengpt, paper's choices", "ridge"),
+        ("+ our grouping and selection = default", "flattengpt", "ridge"),
+    ]
+    return markdown(
+        ("3 of 30 blocks fewer", "parameters", "perplexity"),
+        [
+            [label, f"{row['parameters'] / 1e6:.1f} M", f"{row['perplexity']:.2f}"]
+            for label, variant, repair in steps
+            if (row := found.get((variant, repair))) is not None
+        ],
+    )
+
+
+def seeds_table() -> str:
+    """Spread over calibration seeds and texts of the repaired methods."""
+    rows = last(
+        [r for r in read("quality") if r["repair"] == "ridge" and r["variant"] in MAIN],
+        "variant", "blocks_fewer", "calibration", "seed",
+    )  # fmt: skip
+    groups: dict[tuple[str, int, str], list[float]] = {}
+    for row in rows.values():
+        groups.setdefault((row["variant"], int(row["blocks_fewer"]), row["calibration"]), []).append(
+            float(row["perplexity"])
+        )
+    lines = []
+    for (variant, blocks, text), values in sorted(groups.items(), key=lambda g: (g[0][1], g[0][0], g[0][2])):
+        if len(values) > 1 or text != "wikitext2":
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            lines.append([str(blocks), variant, text, str(len(values)), f"{statistics.mean(values):.2f}{spread}"])
+    return markdown(("blocks fewer", "method, repaired", "calibration text", "seeds", "perplexity"), lines)
+
+
+def engine_table() -> str:
+    rows = last(read("engine_cpu"), "test", "candidate")
+    lines = []
+    for (test, candidate), row in rows.items():
+        if candidate == "ratio" or test.endswith(("p90_ms", "p99_ms")):
+            continue
+        lines.append([test, candidate, f"{float(row['value']):.3g} {row['unit']}", row["note"]])
+    return markdown(("test", "", "", ""), lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality_table,
+    "ablation": ablation_table,
+    "seeds": seeds_table,
+    "engine": engine_table,
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        table = make()
+        text = pattern.sub(lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def plot(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "depthprune"  # the same file from the same rows
+    import matplotlib.pyplot as plt
+
+    rows = quality_rows()
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    dense = next((r for r in rows if r["variant"] == "dense"), None)
+    for index, variant in enumerate(MAIN[1:]):
+        for repair, style in (("none", "--"), ("ridge", "-")):
+            own = [r for r in rows if r["variant"] == variant and r["repair"] == repair]
+            points = ([dense] if dense else []) + own
+            if own:
+                axes.plot(
+                    [p["parameters"] / 1e6 for p in points],
+                    [p["perplexity"] for p in points],
+                    style, marker="o", color=f"C{index}", label=f"{variant}, repair {repair}",
+                )  # fmt: skip
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel("parameters left (millions, embeddings included)")
+    axes.set_ylabel("WikiText-2 test perplexity")
+    axes.set_title("SmolLM2-135M-Instruct made shallower")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if args.json:
+        print(json.dumps(quality_rows(), indent=2))
+    elif args.check:
+        if filled(text) != text:
+            sys.exit("README.md: its tables do not agree with benchmarks/results; run python benchmarks/tables.py")
+    else:
+        readme.write_text(filled(text), encoding="utf-8")
+        plot(RESULTS / "quality.svg")
+
+
+if __name__ == "__main__":
+    main()
