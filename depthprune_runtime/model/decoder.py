@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch
@@ -84,4 +84,4 @@ class Decoder:
         return ops.add_rms_norm(out, residual, self.norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [T, C] -> [T, V]
-        return linear(hidden, self.lm_head)
+        return ops.linear(hidden, self.lm_head)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.nn.functional import linear
 
 from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch
@@ -42,7 +41,7 @@ class Attention:
 
     def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, H D]
         spec = self.spec
-        qkv = linear(hidden, self._qkv, self._qkv_bias)
+        qkv = ops.linear(hidden, self._qkv, self._qkv_bias)
         heads = qkv.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
         if self._q_norm is not None and self._k_norm is not None:
@@ -61,7 +60,7 @@ class Attention:
         return out.reshape(-1, spec.q_size)
 
     def project(self, inner: Tensor) -> Tensor:  # [T, H D] -> [T, C]
-        return linear(inner, self._o, self._o_bias)
+        return ops.linear(inner, self._o, self._o_bias)
 
     def __call__(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, C]
         return self.project(self.inner(hidden, batch, kv))
@@ -82,10 +81,10 @@ class FFN:
         return self._down
 
     def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, F]
-        return ops.silu_mul(linear(hidden, self._gate_up))
+        return ops.silu_mul(ops.linear(hidden, self._gate_up))
 
     def project(self, inner: Tensor) -> Tensor:  # [T, F] -> [T, C]
-        return linear(inner, self._down, self._down_bias)
+        return ops.linear(inner, self._down, self._down_bias)
 
     def __call__(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, C]
         return self.project(self.inner(hidden, batch, kv))

@@ -14,6 +14,7 @@ from depthprune_runtime.ops._library import bind, implementations
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.attention import paged_attention, varlen_attention
 from depthprune_runtime.ops.kv_cache import kv_write
+from depthprune_runtime.ops.linear import linear
 from depthprune_runtime.ops.norm import add_rms_norm, head_rms_norm, rms_norm
 from depthprune_runtime.ops.rotary import rotary
 
@@ -22,6 +23,7 @@ __all__ = [
     "head_rms_norm",
     "implementations",
     "kv_write",
+    "linear",
     "paged_attention",
     "rms_norm",
     "rotary",
