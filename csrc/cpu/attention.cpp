@@ -15,6 +15,7 @@
 #include "check.h"
 #include "cpu/attention_output.h"
 #include "cpu/attention_task.h"
+#include "cpu/features.h"
 #include "cpu/simd.h"
 
 namespace depthprune {
@@ -29,10 +30,13 @@ constexpr int64_t kTileRows = 192;  // queries times heads of a tile
 constexpr int64_t kSplit = 256;     // keys of a task where keys are split
 constexpr int64_t kGrain = 65536;   // multiply-adds that are worth a second thread
 
+// The code for the instruction level in force (features.h); v4 and v3 need a little more than avx512 and avx2.
 attention::Attend best_attend() {
 #if DEPTHPRUNE_HAS_CLONES
-  if (__builtin_cpu_supports("x86-64-v4")) return attention::attend_v4;
-  if (__builtin_cpu_supports("x86-64-v3")) return attention::attend_v3;
+  static const bool v4 = __builtin_cpu_supports("x86-64-v4");
+  static const bool v3 = __builtin_cpu_supports("x86-64-v3");
+  if (level() >= Level::avx512 && v4) return attention::attend_v4;
+  if (level() >= Level::avx2 && v3) return attention::attend_v3;
 #endif
   return attention::attend_generic;
 }
@@ -294,6 +298,8 @@ at::Tensor varlen_attention(
 
 TORCH_LIBRARY_IMPL(depthprune, CPU, m) {
   m.impl("paged_attention", &paged_attention);
+  // Also where torch has its own: without copying strided q, k, v, and faster than its attention at 64 to 1024 tokens
+  // (bf16 and fp32, 9 heads of 64 on one core of an AMD EPYC).
   m.impl("varlen_attention", &varlen_attention);
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -14,11 +16,23 @@ from torch import Tensor
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
 
-pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+_C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+LEVELS = _C.cpu_levels()
+ATTENTION_LEVELS = [name for name in LEVELS if name != "avx512_bf16"]  # its attention is that of avx512
+at_every_level = pytest.mark.parametrize("level", ATTENTION_LEVELS)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 paged_attention = torch.ops.depthprune.paged_attention.default
 varlen_attention = torch.ops.depthprune.varlen_attention.default
+
+
+@contextlib.contextmanager
+def at_level(name: str) -> Iterator[None]:
+    _C.set_cpu_level(name)
+    try:
+        yield
+    finally:
+        _C.set_cpu_level(LEVELS[-1])
 
 
 @dataclass
@@ -116,19 +130,23 @@ request = st.tuples(st.sampled_from([1, 1, 1, 2, 5, 17, 70]), st.sampled_from([0
 HEADS = [(9, 3, 64), (1, 1, 16), (4, 4, 80), (6, 1, 72), (18, 6, 32), (14, 2, 64), (5, 1, 8), (3, 3, 17), (8, 4, 256)]
 
 
-@settings(max_examples=70, deadline=None)
+@at_every_level
+@settings(max_examples=35, deadline=None)
 @given(
     st.lists(request, min_size=1, max_size=4), st.sampled_from(HEADS), st.sampled_from([1, 8, 16, 64]),
     st.sampled_from(DTYPES), st.sampled_from([0, 0, 1, 5, 64, 300]), st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_batch(requests, heads, page, dtype, window, seed):
-    check(build([(new, new + old) for new, old in requests], heads, page, dtype, window, seed))
+def test_any_batch(level, requests, heads, page, dtype, window, seed):
+    with at_level(level):
+        check(build([(new, new + old) for new, old in requests], heads, page, dtype, window, seed))
 
 
+@at_every_level
 @pytest.mark.parametrize("heads", [(64, 16, 128), (64, 1, 32), (200, 1, 16)])
-def test_wide_attention(heads):
+def test_wide_attention(level, heads):
     """Merged heads, and more heads to a KV head than a tile has rows."""
-    check(build([(1, 300), (3, 40)], heads, 16, torch.bfloat16, 0, 0))
+    with at_level(level):
+        check(build([(1, 300), (3, 40)], heads, 16, torch.bfloat16, 0, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,11 +190,13 @@ def test_a_window_reads_no_older_kv_block():
     assert torch.equal(paged_attention(*case.args), expected)
 
 
-def test_large_scores_and_masked_tiles():
+@at_every_level
+def test_large_scores_and_masked_tiles(level):
     """Scores of both signs whose exponentials overflow and underflow float32."""
     case = build([(1, 200), (80, 200)], (2, 1, 16), 16, torch.float32, 0, 4)
     case.scale = 60.0
-    check(case)
+    with at_level(level):
+        check(case)
 
 
 def test_empty_batches():
@@ -190,13 +210,19 @@ def test_empty_batches():
     assert_as_accurate(paged_attention(*case.args), case.truth().float(), case.truth())
 
 
-@settings(max_examples=40, deadline=None)
+@at_every_level
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.sampled_from([1, 2, 5, 63, 64, 65, 200, 300]), min_size=1, max_size=3), st.sampled_from(HEADS),
     st.sampled_from(DTYPES), st.sampled_from([0, 0, 1, 7, 64, 150]), st.integers(0, 2**31),
 )  # fmt: skip
-def test_varlen_attention(lengths, heads, dtype, window, seed):
+def test_varlen_attention(level, lengths, heads, dtype, window, seed):
     """q, k and v are views of one packed projection whose other columns are NaN."""
+    with at_level(level):
+        check_packed(lengths, heads, dtype, window, seed)
+
+
+def check_packed(lengths, heads, dtype, window, seed):
     num_heads, num_kv_heads, dim = heads
     total = num_heads + 2 * num_kv_heads
     packed = torch.full((sum(lengths), total + 1, dim), torch.nan, dtype=dtype)
