@@ -35,6 +35,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", {"score": "block-influence"}),
     "shortgpt, after-repair": ("shortgpt", {"score": "after-repair"}),
     "flattengpt": ("flattengpt", {}),
+    # scoring spans of this shape takes hours on a few cores and less memory than the narrowing that follows it
+    "flattengpt, similarity": ("flattengpt", {"grouping": "similarity"}),
     "finercut": ("finercut", {"fast": True}),
 }
 _SAMPLE_SECONDS = 0.01
@@ -181,7 +183,7 @@ def _in_child(task: dict[str, Any]) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="shortgpt;flattengpt", help=f"separated by ; of {list(METHODS)}")
+    parser.add_argument("--method", default="shortgpt;flattengpt, similarity", help=f"separated by ; of {list(METHODS)}")
     parser.add_argument("--repairs", default="ridge")
     for name, value in (
         ("hidden", 2048), ("ffn", 8192), ("blocks", 48), ("heads", 32), ("kv-heads", 8), ("vocabulary", 32000),
