@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", {"score": "block-influence"}),
     "shortgpt, after-repair": ("shortgpt", {"score": "after-repair"}),
     "flattengpt": ("flattengpt", {}),
-    # scoring spans of this shape takes hours on a few cores and less memory than the narrowing that follows it
+    # scoring the spans of this shape is long on few cores; the matrices of the narrowing are four times as large
     "flattengpt, similarity": ("flattengpt", {"grouping": "similarity"}),
     "finercut": ("finercut", {"fast": True}),
 }
@@ -183,7 +183,7 @@ def _in_child(task: dict[str, Any]) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="shortgpt;flattengpt, similarity", help=f"separated by ; of {list(METHODS)}")
+    parser.add_argument("--method", default="shortgpt;flattengpt, similarity", help=f"by ; of {list(METHODS)}")
     parser.add_argument("--repairs", default="ridge")
     for name, value in (
         ("hidden", 2048), ("ffn", 8192), ("blocks", 48), ("heads", 32), ("kv-heads", 8), ("vocabulary", 32000),
