@@ -304,7 +304,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             ("transformers", poisson_peer(peer, jobs, when)),
         ):
             for key, value in latencies(found).items():
-                add(f"poisson {load:g}: {key}", name, value, key.rsplit("_", 1)[-1], f"{per_second:.2f} requests/s")
+                unit = "ms" if key.endswith("_ms") else "tokens/s"
+                add(f"poisson {load:g}: {key}", name, value, unit, f"{per_second:.2f} requests/s")
     peer.stop()
     by_size = batch_throughput(runtime, (1, 4, 16, 64), args.rounds)
     for size, value in by_size.items():

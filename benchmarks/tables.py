@@ -149,17 +149,40 @@ def seeds_table() -> str:
     return markdown(("blocks fewer", "method, repaired", "calibration text", "seeds", "perplexity"), lines)
 
 
+def decode_table() -> str:
+    """Cases by candidates: tokens per second (seconds where nothing is generated) and the speedup."""
+    rows = last(read("decode_cpu"), "case", "candidate")
+    candidates = ("transformers dense", "ours dense", "ours 6 of 30 dropped")
+    lines = []
+    for case in dict.fromkeys(case for case, _ in rows):
+        cells = []
+        for candidate in candidates:
+            row = rows.get((case, candidate))
+            if row is None:
+                cells.append("")
+                continue
+            rate = float(row["tokens_per_s"])
+            value = f"{rate:,.1f} tok/s" if rate else f"{float(row['median_s']):.2f} s"
+            ratio = float(row["speedup_over_transformers"])
+            cells.append(value if candidate == candidates[0] else f"{value} ({ratio:.2f}x)")
+        lines.append([case, *cells])
+    return markdown(("", "Transformers 5", "ours, dense", "ours, 6 of 30 blocks dropped"), lines)
+
+
 def engine_table() -> str:
     rows = last(read("engine_cpu"), "test", "candidate")
     lines = []
-    for (test, candidate), row in rows.items():
-        if candidate == "ratio" or test.endswith(("p90_ms", "p99_ms")):
+    for test in dict.fromkeys(test for test, _ in rows):
+        ours, theirs = rows.get((test, "ours")), rows.get((test, "transformers"))
+        if ours is None:
             continue
-        lines.append([test, candidate, f"{float(row['value']):.3g} {row['unit']}", row["note"]])
-    return markdown(("test", "", "", ""), lines)
+        cells = ["" if r is None else f"{float(r['value']):.3g} {r['unit']}" for r in (ours, theirs)]
+        lines.append([test, *cells, ours["note"]])
+    return markdown(("", "ours", "Transformers continuous batching", ""), lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "decode": decode_table,
     "quality": quality_table,
     "ablation": ablation_table,
     "seeds": seeds_table,
