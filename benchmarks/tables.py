@@ -41,6 +41,8 @@ def last(rows: Sequence[Row], *key: str) -> dict[tuple[str, ...], Row]:
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return "No rows yet: **not measured**."
     out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines])
 
