@@ -82,8 +82,8 @@ def accumulate_gram_(
     values: Tensor,  # [T, W]
     weights: Tensor | None = None,  # [T, 1]
 ) -> Tensor:
-    """total += values' diag(weights) values, in place, on and above the diagonal only, panel by panel: nearly half
-    of the multiplications of `accumulate_`. `mirror_` fills the rest in when all tokens are in."""
+    """total += values' diag(weights) values, in place, on and above the diagonal only, panel by panel: 7/12 of
+    the multiplications of `accumulate_`. `mirror_` fills the rest in when all tokens are in."""
     for rows in _strips(values.shape[0], total.element_size() * values.shape[1]):
         strip = values[rows].to(total.dtype)
         weighted = strip if weights is None else strip * weights[rows].to(total.dtype)

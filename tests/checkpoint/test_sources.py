@@ -136,6 +136,10 @@ def test_bad_gguf_files(tmp_path):
     write_gguf(model, tmp_path / "other.gguf", architecture="gemma")
     with pytest.raises(InputError, match=r"expected one of .* got 'gemma'"):
         open_checkpoint(tmp_path / "other.gguf")
+    integers = torch.ones(8, dtype=torch.int8).numpy()  # a type that the gguf package cannot dequantise
+    path = write_gguf(model, tmp_path / "i8.gguf", extra={"rope_freqs.weight": integers})
+    with pytest.raises(InputError, match=r"i8\.gguf: rope_freqs\.weight: cannot dequantise I8"):
+        open_checkpoint(path)
 
 
 def test_a_hub_id_is_downloaded(pico_llama, monkeypatch):
