@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES, checksum
+from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import DecoderSpec
 
 # Files carried inside a checkpoint, so that it moves alone.
@@ -43,6 +44,10 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def tensor(self, name: str) -> Tensor:
         """Packed tensor `name` (see `DecoderSpec.tensor_shapes`) on the CPU in `dtype`, mapped if possible."""
+
+    def weight(self, name: str) -> Tensor | QuantizedWeight:
+        """Weight `name` as it is stored: what `tensor` gives, or quantised."""
+        return self.tensor(name)
 
     def checksums(self, on_tensor: Callable[[str], None] = lambda _: None) -> dict[str, str]:
         """Checksum of every weight tensor; reads them all unless the format stores them."""

@@ -45,7 +45,7 @@ class Runtime:
             self.tokenizer = Tokenizer(checkpoint)
         self._inputs = Inputs(self.name, self.spec, self.tokenizer, generation_config(checkpoint))
         self.default_sampling_params = self._inputs.default_sampling_params
-        self.decoder = Decoder(self.spec, checkpoint.tensor, device, dtype)
+        self.decoder = Decoder(self.spec, checkpoint.weight, device, dtype)
 
     @classmethod
     def load(

@@ -6,35 +6,42 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch
+from depthprune_runtime.model.linear import Linear, Weight, embedding
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.model.sublayers import KVPair, Sublayer, build_sublayer
+from depthprune_runtime.model.sublayers import KVPair, Sublayer, build_sublayer, plain
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 
-TensorGetter = Callable[[str], Tensor]
+WeightGetter = Callable[[str], Weight]
 
 
 class SublayerLoader:
     """Builds single sub-layers from a tensor source, sharing rotary tables; one at a time or all at once."""
 
-    def __init__(self, spec: DecoderSpec, tensor: TensorGetter, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spec: DecoderSpec, weight: WeightGetter, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec
         self.device = device
         self.dtype = dtype
-        self._tensor = tensor
+        self._weight = weight
         self._rotary: dict[int, RotaryTable] = {}
 
+    def weight(self, name: str) -> Weight:
+        """Weight `name` on the device, in the compute dtype unless quantised; no copy where it already is."""
+        weight = self._weight(name)
+        if isinstance(weight, Tensor):
+            return weight.to(device=self.device, dtype=self.dtype)
+        return weight.to(self.device)
+
     def tensor(self, name: str) -> Tensor:
-        """Tensor `name` on the device in the compute dtype; no copy where it already is."""
-        return self._tensor(name).to(device=self.device, dtype=self.dtype)
+        """A weight that is not quantised."""
+        return plain(self.weight(name))
 
     def sublayer(self, index: int) -> Sublayer:
         spec = self.spec.sublayers[index]
         prefix = f"sublayers.{index}."
-        tensors = {name.removeprefix(prefix): self.tensor(name) for name in self.spec.sublayer_shapes(index)}
+        tensors = {name.removeprefix(prefix): self.weight(name) for name in self.spec.sublayer_shapes(index)}
         rotary = None
         if isinstance(spec, AttentionSpec):
             rotary = self._rotary.get(spec.head_dim)
@@ -46,18 +53,19 @@ class SublayerLoader:
 class Decoder:
     """The whole model in memory.
 
-    spec: the architecture; tensor: name -> tensor; device, dtype: where and in what it computes.
+    spec: the architecture; weight: name -> weight; device, dtype: where and in what it computes.
     """
 
-    def __init__(self, spec: DecoderSpec, tensor: TensorGetter, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spec: DecoderSpec, weight: WeightGetter, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec
         self.device = device
         self.dtype = dtype
-        loader = SublayerLoader(spec, tensor, device, dtype)
-        self.embed_tokens = loader.tensor("embed_tokens.weight")  # [V, C]
+        loader = SublayerLoader(spec, weight, device, dtype)
+        self.embed_tokens = loader.weight("embed_tokens.weight")  # [V, C]
         self.sublayers = [loader.sublayer(i) for i in range(len(spec.sublayers))]
         self.norm = loader.tensor("norm.weight")  # [C]
-        self.lm_head = self.embed_tokens if spec.tie_word_embeddings else loader.tensor("lm_head.weight")  # [V, C]
+        head = self.embed_tokens if spec.tie_word_embeddings else loader.weight("lm_head.weight")
+        self.lm_head = Linear(head)  # [V, C]
 
     def hidden_states(
         self,
@@ -68,7 +76,7 @@ class Decoder:
     ) -> Tensor:  # [T or R, C]
         """Final hidden states, after the last norm; new keys and values are written to `kv`."""
         eps = self.spec.rms_norm_eps
-        residual = embedding(ids, self.embed_tokens)
+        residual = embedding(ids, self.embed_tokens, self.dtype)
         out: Tensor | None = None
         for i, sublayer in enumerate(self.sublayers):
             if out is None:
@@ -84,4 +92,4 @@ class Decoder:
         return ops.add_rms_norm(out, residual, self.norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [T, C] -> [T, V]
-        return ops.linear(hidden, self.lm_head)
+        return self.lm_head(hidden)

@@ -16,6 +16,7 @@ from depthprune_runtime.ops.attention import paged_attention, varlen_attention
 from depthprune_runtime.ops.kv_cache import kv_write
 from depthprune_runtime.ops.linear import linear
 from depthprune_runtime.ops.norm import add_rms_norm, head_rms_norm, rms_norm
+from depthprune_runtime.ops.quantized_linear import quantized_linear
 from depthprune_runtime.ops.rotary import rotary
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "kv_write",
     "linear",
     "paged_attention",
+    "quantized_linear",
     "rms_norm",
     "rotary",
     "silu_mul",

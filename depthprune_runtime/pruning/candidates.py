@@ -18,6 +18,7 @@ from torch.nn.functional import embedding
 from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch, packed
 from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.model.sublayers import plain
 from depthprune_runtime.pruning.distances import OutputDistance
 from depthprune_runtime.pruning.names import Distance
 
@@ -38,7 +39,7 @@ class CandidateScorer:
         self._batches: dict[int, Batch] = {}
         self.evaluations = 0
         self.remaining = list(range(len(decoder.sublayers)))
-        states = embedding(windows.to(decoder.device), decoder.embed_tokens)  # [N, S, C]
+        states = embedding(windows.to(decoder.device), plain(decoder.embed_tokens))  # [N, S, C]
         self._per_sweep = max(1, _SWEEP_BYTES // (states.numel() * states.element_size()))
         # [N, S, C] entering a sub-layer, by its number; current for the first `_filled` of `remaining`
         self._entering: dict[int, Tensor] = {0: states}

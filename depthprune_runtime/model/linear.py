@@ -1,0 +1,37 @@
+"""`Linear`: a projection with its weight, in the model's dtype or quantised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime import ops
+from depthprune_runtime.quantized import QuantizedWeight
+
+Weight = Tensor | QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`x W^T + b`."""
+
+    weight: Weight  # [N, K]
+    bias: Tensor | None = None  # [N]
+
+    def __call__(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
+        if isinstance(self.weight, QuantizedWeight):
+            return ops.quantized_linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
+
+    def dense(self) -> Tensor:  # [N, K]
+        """The weight as a plain tensor: a copy in float32 where it is quantised."""
+        return self.weight.dequantize() if isinstance(self.weight, QuantizedWeight) else self.weight
+
+
+def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:  # [T] int64, [V, C] -> [T, C]
+    """Rows `ids` of the embedding."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.rows(ids, dtype)
+    return torch.nn.functional.embedding(ids, weight)

@@ -1,0 +1,53 @@
+"""Projection by a weight of 8 or 4 bits in the layout of `depthprune_runtime.quantized`.
+
+    out_tn = sum_k x_tk scale_ng (code_nk - zero_ng) (+ bias_n)        g: the group of k
+
+The reference dequantises. The C++ kernels multiply integers: they round each run of 32 inputs to 8 bits by its own
+scale, max |x| / 127 (as llama.cpp does), sum the products of a run exactly, and add the runs in float32 in an order
+that depends on K alone: a token's result is the same bits in any batch, on any number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.ops._library import define
+from depthprune_runtime.quantized import QuantizedWeight, QuantSpec, dequantize
+
+
+def _quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    spec = QuantSpec(bits, group_size, zeros is None)
+    weight = dequantize(codes, scales, zeros, spec, out_features, x.shape[1], x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+_quantized_linear_op = define(
+    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, int bits, "
+    "int group_size) -> Tensor",
+    _quantized_linear,
+)
+
+
+def quantized_linear(
+    x: Tensor,  # [T, K]
+    weight: QuantizedWeight,  # [N, K]
+    bias: Tensor | None = None,  # [N], dtype of x
+) -> Tensor:  # [T, N]
+    """The projection of every row of `x`, in its dtype; ValueError for other shapes."""
+    if x.dim() != 2 or x.shape[1] != weight.in_features:
+        raise ValueError(f"quantized_linear: expected x of shape [T, {weight.in_features}], got {list(x.shape)}")
+    spec = weight.spec
+    out: Tensor = _quantized_linear_op(
+        x, weight.codes, weight.scales, weight.zeros, bias, weight.out_features, spec.bits, spec.group_size
+    )
+    return out

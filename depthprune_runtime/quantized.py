@@ -1,0 +1,183 @@
+"""Weights of a projection in 8 or 4 bits: what they mean, and how they lie in memory.
+
+A weight [N, K] is cut along K into groups of G = 32, 64 or 128 (the last filled up); each group of a row has a scale
+and, where asymmetric, a zero point. A code u of 0 .. 2^bits - 1 stands for
+
+    w = scale * (u - zero)        zero = 2^(bits - 1) where symmetric
+
+Codes lie in panels of 16 rows, in the order in which the CPU kernels read them, so that a mapped file is used as it
+is: `codes` is uint8, and byte [p, j, r, i] holds
+
+    8 bits   [P, K' / 4, 16, 4]   the code of row 16 p + r, column 4 j + i
+    4 bits   [P, K' / 8, 16, 4]   that of column 8 j + i in its low half, that of column 8 j + 4 + i in its high half
+
+with P = ceil(N / 16) and K' = K rounded up to whole groups. `scales` is bfloat16 [P, K' / G, 16] (the range of
+float32, and codes are chosen for the rounded scale); `zeros` uint8 of the same shape. Rows and columns that fill up
+have no meaning, except that the scale of a filling row is 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.errors import InputError
+
+PANEL_ROWS = 16
+BITS = (8, 4)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a projection is quantised. bits: 8 or 4; group_size: inputs that share a scale; symmetric: no zero points."""
+
+    bits: int
+    group_size: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise InputError(f"bits: expected 8 or 4, got {self.bits!r}")
+        if self.group_size not in GROUP_SIZES:
+            raise InputError(f"group_size: expected 32, 64 or 128, got {self.group_size!r}")
+        if not isinstance(self.symmetric, bool):
+            raise InputError(f"symmetric: expected true or false, got {self.symmetric!r}")
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return 1 << self.bits
+
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of `codes`, `scales` and, where asymmetric, `zeros`."""
+        panels = -(-out_features // PANEL_ROWS)
+        groups = -(-in_features // self.group_size)
+        columns = 32 // self.bits  # of one [16, 4] tile
+        shapes: dict[str, tuple[int, ...]] = {
+            "codes": (panels, groups * self.group_size // columns, PANEL_ROWS, 4),
+            "scales": (panels, groups, PANEL_ROWS),
+        }
+        if not self.symmetric:
+            shapes["zeros"] = (panels, groups, PANEL_ROWS)
+        return shapes
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A projection's weight [out_features, in_features] in the layout above."""
+
+    spec: QuantSpec
+    out_features: int
+    in_features: int
+    codes: Tensor  # uint8
+    scales: Tensor  # bfloat16
+    zeros: Tensor | None = None  # uint8
+
+    def __post_init__(self) -> None:
+        shapes = self.spec.shapes(self.out_features, self.in_features)
+        dtypes = {"codes": torch.uint8, "scales": torch.bfloat16, "zeros": torch.uint8}
+        for name, dtype in dtypes.items():
+            tensor: Tensor | None = getattr(self, name)
+            wanted = shapes.get(name)
+            got = None if tensor is None else tuple(tensor.shape)
+            if got != wanted or (tensor is not None and tensor.dtype != dtype):
+                raise ValueError(
+                    f"QuantizedWeight: expected {name} of shape {wanted} in {dtype}, "
+                    f"got {got} in {None if tensor is None else tensor.dtype}"
+                )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+    @classmethod
+    def from_codes(
+        cls,
+        spec: QuantSpec,
+        codes: Tensor,  # [N, K] integers, 0 .. 2^bits - 1
+        scales: Tensor,  # [N, ceil(K / G)] floating point, exact in bfloat16
+        zeros: Tensor | None = None,  # [N, ceil(K / G)] integers
+    ) -> QuantizedWeight:
+        """Lay out codes that a quantiser chose."""
+        rows, columns = codes.shape
+        shapes = spec.shapes(rows, columns)
+        panels, groups, _ = shapes["scales"]
+        filled = torch.zeros(panels * PANEL_ROWS, groups * spec.group_size, dtype=torch.uint8, device=codes.device)
+        filled[:rows, :columns] = codes
+        if spec.bits == 8:
+            tiles = filled.view(panels, PANEL_ROWS, -1, 4).transpose(1, 2)
+        else:
+            halves = filled.view(panels, PANEL_ROWS, -1, 2, 4)
+            tiles = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(1, 2)
+        return cls(
+            spec,
+            rows,
+            columns,
+            tiles.contiguous(),
+            _to_panels(scales, panels).to(torch.bfloat16),
+            None if zeros is None else _to_panels(zeros, panels).to(torch.uint8),
+        )
+
+    def unpack(self) -> Tensor:  # [N, K] uint8
+        """The codes by row and column."""
+        panels, tiles = self.codes.shape[:2]
+        by_row = self.codes.transpose(1, 2)  # [P, 16, tiles, 4]
+        if self.spec.bits == 4:
+            by_row = torch.stack((by_row & 15, by_row >> 4), dim=3)  # [P, 16, tiles, 2, 4]
+        width = tiles * (32 // self.spec.bits)
+        return by_row.reshape(panels * PANEL_ROWS, width)[: self.out_features, : self.in_features]
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:  # [T] int64 -> [T, K]
+        """Dequantised rows `index`, the lookup of an embedding."""
+        panel, row = index // PANEL_ROWS, index % PANEL_ROWS
+        codes = self.codes[panel, :, row]  # [T, tiles, 4]
+        if self.spec.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=2)
+        wide = codes.reshape(index.shape[0], -1, self.spec.group_size).float()  # [T, groups, G]
+        zero = self.spec.levels / 2 if self.zeros is None else self.zeros[panel, :, row].float()[..., None]
+        scaled = (wide - zero) * self.scales[panel, :, row].float()[..., None]
+        return scaled.flatten(1)[:, : self.in_features].to(dtype)
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same weight on `device`; no copy where it already is."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
+        """The weight that the codes stand for, rounded to `dtype`."""
+        return dequantize(self.codes, self.scales, self.zeros, self.spec, self.out_features, self.in_features, dtype)
+
+
+def _to_panels(values: Tensor, panels: int) -> Tensor:  # [N, G] -> [P, G, 16]
+    rows, groups = values.shape
+    filled = values.new_zeros(panels * PANEL_ROWS, groups)
+    filled[:rows] = values
+    return filled.view(panels, PANEL_ROWS, groups).transpose(1, 2).contiguous()
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    spec: QuantSpec,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:  # [N, K]
+    """See `QuantizedWeight.dequantize`; on any device."""
+    weight = QuantizedWeight(spec, out_features, in_features, codes, scales, zeros)
+
+    def by_row(values: Tensor) -> Tensor:  # [P, groups, 16] -> [N, K]
+        rows = values.float().transpose(1, 2).flatten(0, 1)[:out_features]
+        return rows.repeat_interleave(spec.group_size, dim=1)[:, :in_features]
+
+    zero = spec.levels / 2 if zeros is None else by_row(zeros)
+    return ((weight.unpack().float() - zero) * by_row(scales)).to(dtype)
