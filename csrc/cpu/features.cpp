@@ -36,6 +36,15 @@ std::atomic<Level>& current() {
 
 Level level() { return current().load(std::memory_order_relaxed); }
 
+bool has_vnni() {
+#if DEPTHPRUNE_HAS_LEVELS
+  static const bool found = __builtin_cpu_supports("avx512vnni");
+  return found;
+#else
+  return false;
+#endif
+}
+
 const char* level_name(Level level) { return kNames[static_cast<int>(level)]; }
 
 std::vector<std::string> level_names() { return {kNames, kNames + static_cast<int>(highest()) + 1}; }

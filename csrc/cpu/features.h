@@ -18,6 +18,9 @@ enum class Level { generic, avx2, avx512, avx512_bf16 };
 // The highest level of this machine, or the lower one that set_level asked for.
 Level level();
 
+// Products of bytes in one instruction, beside AVX-512 (level avx512 and above).
+bool has_vnni();
+
 const char* level_name(Level level);
 
 // Names of the levels that this machine runs, lowest first.

@@ -36,6 +36,8 @@ struct Halves : Lanes8 {
   static constexpr bool kAsStored = false;
   static constexpr int kStep = 16;
   static constexpr int kTokens = 2;  // 8 sums, 4 inputs and 2 weights of 16 registers
+  static constexpr int kStreamed = 4;
+  static constexpr int64_t kAhead = 2048;
   using Weight = Two;
   using Input = Two;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Input input(const float* x) {
@@ -72,6 +74,8 @@ struct Fp32 : Lanes8 {
   static constexpr bool kPaired = false;
   static constexpr int kStep = 8;
   static constexpr int kTokens = 2;  // 8 sums, 2 inputs and a weight of 16 registers
+  static constexpr int kStreamed = 4;
+  static constexpr int64_t kAhead = 2048;
   using Weight = __m256;
   using Input = __m256;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Weight load(const float* weight) { return _mm256_loadu_ps(weight); }

@@ -31,6 +31,8 @@ struct Halves : Lanes16 {
   static constexpr bool kAsStored = false;
   static constexpr int kStep = 32;
   static constexpr int kTokens = 4;  // 16 sums, 8 inputs and 2 weights of 32 registers
+  static constexpr int kStreamed = 4;
+  static constexpr int64_t kAhead = 2048;
   using Weight = Two;
   using Input = Two;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Input input(const float* x) {
@@ -67,6 +69,8 @@ struct Fp32 : Lanes16 {
   static constexpr bool kPaired = false;
   static constexpr int kStep = 16;
   static constexpr int kTokens = 6;  // 24 sums, 6 inputs and a weight of 32 registers
+  static constexpr int kStreamed = 4;
+  static constexpr int64_t kAhead = 2048;
   using Weight = __m512;
   using Input = __m512;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Weight load(const float* weight) { return _mm512_loadu_ps(weight); }

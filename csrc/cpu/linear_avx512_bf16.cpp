@@ -27,6 +27,8 @@ struct Pairs : Lanes16 {
   static constexpr bool kPaired = false;
   static constexpr int kStep = 32;
   static constexpr int kTokens = 6;  // 24 sums, 6 inputs and a weight of 32 registers
+  static constexpr int kStreamed = 8;
+  static constexpr int64_t kAhead = 2048;
   using Weight = __m512bh;
   using Input = __m512bh;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Weight load(const uint16_t* weight) {

@@ -25,6 +25,8 @@ DEPTHPRUNE_INLINE Vector read(const void* address) {
 struct Lanes4 {
   using Sum = Floats;
   static constexpr int kTokens = 2;  // half formats: 8 sums, 4 inputs and 2 weights of 16 registers
+  static constexpr int kStreamed = 4;
+  static constexpr int64_t kAhead = 2048;
   static DEPTHPRUNE_INLINE Sum zero() { return Sum{}; }
   static DEPTHPRUNE_INLINE float total(Sum sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
   static DEPTHPRUNE_INLINE void reduce(Sum a, Sum b, Sum c, Sum d, float (&totals)[4]) {

@@ -9,6 +9,7 @@
 //   Format                          element format of simd.h
 //   Packed, kAsStored, kPaired      elements of packed x; kPaired: a step holds the even elements, then the odd ones
 //   kStep, kTokens                  elements of K a step; most tokens a block
+//   kStreamed, kAhead               most tokens with rows read one by one; elements that these prefetch ahead
 //   Weight, Input, Sum              registers: a step of weights, a step of x, one sum a lane
 //   load, input, add, zero          sum += weight * input
 //   reduce                          four sums over their lanes
@@ -20,7 +21,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_step(
     const typename V::Packed* x,  // [S, kStep]
     int64_t x_stride,
     int64_t ahead,  // elements from here to the weights to prefetch
-    typename V::Sum (&sums)[R][S]) {
+    typename V::Sum (*sums)[S]) {  // [R]
   typename V::Input inputs[S];
 #pragma GCC unroll 8
   for (int s = 0; s < S; ++s) inputs[s] = V::input(x + s * x_stride);
@@ -34,7 +35,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_step(
   }
 }
 
-template <typename V, int R, int S, bool prefetch>
+template <typename V, int R, int S, bool stream>
 DEPTHPRUNE_TARGET void block(const Linear& linear, int64_t n, int64_t t) {
   using Format = typename V::Format;
   using T = typename Format::storage;
@@ -50,8 +51,19 @@ DEPTHPRUNE_TARGET void block(const Linear& linear, int64_t n, int64_t t) {
     for (int s = 0; s < S; ++s) sums[r][s] = V::zero();
   }
   const int64_t whole = linear.in_features - linear.in_features % step;
-  for (int64_t k = 0; k < whole; k += step) {
-    add_step<V, R, S, prefetch>(weight + k, stride, x + k, x_stride, R * stride, sums);
+  if constexpr (stream) {
+    // Row after row: memory is read in one direction, which its prefetchers follow best. More tokens take two rows, or
+    // reading the inputs would be the limit.
+    constexpr int side = S > 2 && R % 2 == 0 ? 2 : 1;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r += side) {
+      const T* row = weight + r * stride;
+      for (int64_t k = 0; k < whole; k += step) {
+        add_step<V, side, S, true>(row + k, stride, x + k, x_stride, V::kAhead, &sums[r]);
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < whole; k += step) add_step<V, R, S, false>(weight + k, stride, x + k, x_stride, 0, sums);
   }
   if (whole < linear.in_features) {
     T rest[R * step] = {};
@@ -79,31 +91,28 @@ DEPTHPRUNE_TARGET void block(const Linear& linear, int64_t n, int64_t t) {
 }
 
 // The last tokens, fewer than a full block.
-template <typename V, int R, int S>
-DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void last_tokens(const Linear& linear, int64_t n, int64_t t, bool prefetch) {
+template <typename V, int R, int S, bool stream>
+DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void last_tokens(const Linear& linear, int64_t n, int64_t t) {
   if constexpr (S > 0) {
-    if (linear.tokens - t < S) return last_tokens<V, R, S - 1>(linear, n, t, prefetch);
-    prefetch ? block<V, R, S, true>(linear, n, t) : block<V, R, S, false>(linear, n, t);
+    if (linear.tokens - t < S) return last_tokens<V, R, S - 1, stream>(linear, n, t);
+    block<V, R, S, stream>(linear, n, t);
   }
 }
 
-// R weight rows against all tokens. The first block reads them from memory and prefetches the next R rows.
+// R weight rows against all tokens: up to a block of them wait for memory, more keep the rows in the cache.
 template <typename V, int R>
-DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void weight_rows(const Linear& linear, int64_t n, bool prefetch) {
+DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void weight_rows(const Linear& linear, int64_t n) {
+  if (linear.tokens <= V::kStreamed) return last_tokens<V, R, V::kStreamed, true>(linear, n, 0);
   int64_t t = 0;
-  for (; t + V::kTokens <= linear.tokens; t += V::kTokens) {
-    prefetch && t == 0 ? block<V, R, V::kTokens, true>(linear, n, t) : block<V, R, V::kTokens, false>(linear, n, t);
-  }
-  last_tokens<V, R, V::kTokens - 1>(linear, n, t, prefetch && t == 0);
+  for (; t + V::kTokens <= linear.tokens; t += V::kTokens) block<V, R, V::kTokens, false>(linear, n, t);
+  last_tokens<V, R, V::kTokens - 1, false>(linear, n, t);
 }
 
 template <typename V>
 DEPTHPRUNE_TARGET void rows(const Linear& linear, int64_t begin, int64_t end) {
   int64_t n = begin;
-  for (; n + kLinearRows <= end; n += kLinearRows) {
-    weight_rows<V, kLinearRows>(linear, n, n + 2 * kLinearRows <= end);
-  }
-  for (; n < end; ++n) weight_rows<V, 1>(linear, n, false);
+  for (; n + kLinearRows <= end; n += kLinearRows) weight_rows<V, kLinearRows>(linear, n);
+  for (; n < end; ++n) weight_rows<V, 1>(linear, n);
 }
 
 template <typename V>

@@ -1,0 +1,110 @@
+// Matrix product with a weight of 8 or 4 bits; contract: depthprune_runtime/ops/quantized_linear.py. A thread reads
+// one contiguous band of panels.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "check.h"
+#include "cpu/features.h"
+#include "cpu/quantized.h"
+
+namespace depthprune {
+
+QuantizedPanels quantized_panels() {
+  if (level() >= Level::avx512 && has_vnni()) return &quantized_panels_vnni;
+  if (level() >= Level::avx2) return &quantized_panels_avx2;
+  return &quantized_panels_generic;
+}
+
+namespace {
+
+constexpr const char* kOp = "quantized_linear";
+constexpr int64_t kGrain = 1 << 18;  // products that are worth a second thread
+
+LinearDtype dtype_of(at::ScalarType dtype) {
+  if (dtype == at::kBFloat16) return LinearDtype::bfloat16;
+  return dtype == at::kHalf ? LinearDtype::float16 : LinearDtype::float32;
+}
+
+const void* part(
+    const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
+  DEPTHPRUNE_CHECK(
+      t.sizes() == sizes && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), kOp, name,
+      c10::str("shape ", sizes, ", dtype ", dtype, ", dense, device cpu"),
+      c10::str(t.sizes(), " ", t.scalar_type(), " ", t.device()));
+  return t.const_data_ptr();
+}
+
+QuantizedWeight weight_of(
+    const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& zeros, int64_t out_features,
+    int64_t in_features, int64_t bits, int64_t group_size) {
+  DEPTHPRUNE_CHECK(bits == 8 || bits == 4, kOp, "bits", "8 or 4", bits);
+  DEPTHPRUNE_CHECK(
+      group_size == 32 || group_size == 64 || group_size == 128, kOp, "group_size", "32, 64 or 128", group_size);
+  DEPTHPRUNE_CHECK(out_features > 0, kOp, "out_features", "at least 1", out_features);
+  QuantizedWeight weight{};
+  weight.out_features = out_features;
+  weight.in_features = in_features;
+  weight.group_size = group_size;
+  weight.groups = (in_features + group_size - 1) / group_size;
+  weight.bits = static_cast<int>(bits);
+  const int64_t panels = weight.panels();
+  weight.codes = static_cast<const uint8_t*>(
+      part("codes", codes, at::kByte, {panels, weight.padded() * bits / 32, kPanelRows, 4}));
+  weight.scales =
+      static_cast<const uint16_t*>(part("scales", scales, at::kBFloat16, {panels, weight.groups, kPanelRows}));
+  if (zeros) {
+    weight.zeros = static_cast<const uint8_t*>(part("zeros", *zeros, at::kByte, {panels, weight.groups, kPanelRows}));
+  }
+  return weight;
+}
+
+at::Tensor quantized_linear(
+    const at::Tensor& x,                     // [T, K]
+    const at::Tensor& codes,                 // [P, K' bits / 32, 16, 4]
+    const at::Tensor& scales,                // [P, groups, 16]
+    const std::optional<at::Tensor>& zeros,  // [P, groups, 16]
+    const std::optional<at::Tensor>& bias,   // [N]
+    int64_t out_features, int64_t bits, int64_t group_size) {  // -> [T, N]
+  DEPTHPRUNE_CHECK(x.dim() == 2, kOp, "x", "two dimensions [T, K]", x.sizes());
+  DEPTHPRUNE_CHECK(
+      x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf || x.scalar_type() == at::kFloat, kOp, "x",
+      "dtype bfloat16, float16 or float32", x.scalar_type());
+  QuantizedLinear job{};
+  job.weight = weight_of(codes, scales, zeros, out_features, x.size(1), bits, group_size);
+  if (bias) job.bias = part("bias", *bias, x.scalar_type(), {out_features});
+  job.dtype = dtype_of(x.scalar_type());
+  job.tokens = x.size(0);
+  at::Tensor out = at::empty({x.size(0), out_features}, x.options());
+  if (out.numel() == 0) return out;
+  if (x.size(1) == 0) return bias ? out.copy_(*bias) : out.zero_();
+  job.out = out.mutable_data_ptr();
+  job.out_stride = out_features;
+  const at::Tensor inputs = x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
+  const int64_t bytes = packed_bytes(job.weight);
+  at::Tensor packed = at::empty({job.tokens, bytes}, x.options().dtype(at::kByte));
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  const char* from = static_cast<const char*>(inputs.const_data_ptr());
+  at::parallel_for(0, job.tokens, std::max<int64_t>(1, 65536 / x.size(1)), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      pack_quantized(from + t * inputs.stride(0) * x.element_size(), job.dtype, job.weight, to + t * bytes);
+    }
+  });
+  job.x = to;
+  const QuantizedPanels panels = quantized_panels();
+  const int64_t per_panel = job.tokens * job.weight.padded() * kPanelRows;
+  at::parallel_for(
+      0, job.weight.panels(), std::max<int64_t>(1, kGrain / per_panel),
+      [&](int64_t begin, int64_t end) { panels(job, begin, end); });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(depthprune, CPU, m) { m.impl("quantized_linear", &quantized_linear); }
+
+}  // namespace depthprune
