@@ -1,7 +1,5 @@
 // Causal grouped-query attention over the paged KV cache and over packed sequences, one code for both; contract:
-// depthprune_runtime/ops/attention.py. A request is cut into tasks by KV head, tile of queries and, where it has one
-// tile only, range of keys (flash decoding). The cut depends on the request alone, and partial sums are added in the
-// order of the keys: a result does not change with the batch around it or with the number of threads.
+// depthprune_runtime/ops/attention.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -13,125 +11,23 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/attention_output.h"
-#include "cpu/attention_task.h"
-#include "cpu/features.h"
-#include "cpu/simd.h"
+#include "cpu/arguments.h"
+#include "cpu/attention_plan.h"
 
 namespace depthprune {
 namespace {
 
-using attention::Format;
+using attention::Plan;
 using attention::Problem;
+using attention::Request;
 using attention::Scratch;
-using attention::Task;
 
-constexpr int64_t kTileRows = 192;  // queries times heads of a tile
-constexpr int64_t kSplit = 256;     // keys of a task where keys are split
-constexpr int64_t kGrain = 65536;   // multiply-adds that are worth a second thread
-
-// The code for the instruction level in force (features.h); v4 and v3 need a little more than avx512 and avx2.
-attention::Attend best_attend() {
-#if DEPTHPRUNE_HAS_CLONES
-  static const bool v4 = __builtin_cpu_supports("x86-64-v4");
-  static const bool v3 = __builtin_cpu_supports("x86-64-v3");
-  if (level() >= Level::avx512 && v4) return attention::attend_v4;
-  if (level() >= Level::avx2 && v3) return attention::attend_v3;
-#endif
-  return attention::attend_generic;
-}
-
-DEPTHPRUNE_CLONES void combine(const Problem& problem, const Task& task, int64_t splits, float* partials) {
-  switch (problem.format) {
-    case Format::kBFloat16: return attention::combine_as<BFloat16>(problem, task, splits, partials);
-    case Format::kFloat16: return attention::combine_as<Float16>(problem, task, splits, partials);
-    default: return attention::combine_as<Float32>(problem, task, splits, partials);
-  }
-}
-
-// One KV head whose keys were split over `count` tasks; `first` is the first of them.
-struct Split {
-  int64_t first;
-  int64_t count;
-};
-
-struct Plan {
-  std::vector<Task> tasks;
-  std::vector<Split> splits;
-  int64_t partial_size = 0;  // floats
-  int64_t most_rows = 0;
-  int64_t work = 0;  // multiply-adds
-  bool panels = false;
-};
-
-struct Request {
-  int64_t first_query;
-  int64_t num_queries;
-  int64_t context;
-  const int64_t* table;  // [M]; null: not paged
-  int64_t first_token;
-};
-
-// The first position that any query from `position` on sees.
-int64_t oldest_visible(const Problem& problem, int64_t position) {
-  return problem.window > 0 ? std::max<int64_t>(0, position + 1 - problem.window) : 0;
-}
-
-void add_tasks(const Problem& problem, int64_t num_kv_heads, const Request& request, Plan& plan) {
-  const int64_t tile = std::max<int64_t>(1, kTileRows / problem.group);
-  const int64_t tiles = (request.num_queries + tile - 1) / tile;
-  Task task{};
-  task.table = request.table;
-  task.first_token = request.first_token;
-  task.few_rows = request.num_queries * problem.group <= attention::kFewRows;
-  task.partial = -1;
-  plan.panels |= !task.few_rows || !problem.in_place();
-  plan.most_rows = std::max(plan.most_rows, std::min(tile, request.num_queries) * problem.group);
-  const auto place = [&](int64_t i) {  // at tile i, all its keys
-    task.first_query = request.first_query + i * tile;
-    task.num_queries = std::min(tile, request.num_queries - i * tile);
-    task.position = request.context - request.num_queries + i * tile;
-    task.first_key = oldest_visible(problem, task.position);
-    task.end_key = task.position + task.num_queries;
-    const int64_t rows = num_kv_heads * task.num_queries * problem.group;
-    plan.work += rows * (task.end_key - task.first_key) * 2 * problem.padded_dim();
-  };
-  if (tiles > 1) {
-    // Head by head, so that its keys stay in the cache; the longest tile first: threads end at about the same time.
-    for (task.kv_head = 0; task.kv_head < num_kv_heads; ++task.kv_head) {
-      for (int64_t i = tiles - 1; i >= 0; --i) {
-        place(i);
-        plan.tasks.push_back(task);
-      }
-    }
-    return;
-  }
-  place(0);
-  const int64_t first_key = task.first_key;
-  const int64_t end_key = task.end_key;
-  const int64_t splits = (end_key - 1) / kSplit - first_key / kSplit + 1;
-  const int64_t size = task.num_queries * problem.group * (problem.padded_dim() + 2);
-  if (splits > 1) {
-    for (int64_t head = 0; head < num_kv_heads; ++head) {
-      plan.splits.push_back({static_cast<int64_t>(plan.tasks.size()) + head, splits});
-    }
-  }
-  // Range by range, its heads one after the other: they lie in the same pages.
-  for (int64_t i = 0; i < splits; ++i) {
-    task.first_key = std::max(first_key, (first_key / kSplit + i) * kSplit);
-    task.end_key = std::min(end_key, (first_key / kSplit + i + 1) * kSplit);
-    for (task.kv_head = 0; task.kv_head < num_kv_heads; ++task.kv_head) {
-      if (splits > 1) task.partial = plan.partial_size + (task.kv_head * splits + i) * size;
-      plan.tasks.push_back(task);
-    }
-  }
-  if (splits > 1) plan.partial_size += num_kv_heads * splits * size;
-}
+constexpr int64_t kGrain = 65536;  // multiply-adds that are worth a second thread
 
 void execute(const Problem& problem, const Plan& plan) {
   const int64_t count = static_cast<int64_t>(plan.tasks.size());
   std::vector<float> partials(plan.partial_size);
-  const attention::Attend attend = best_attend();
+  const attention::Attend attend = attention::best_attend();
   // Tasks differ in length, so threads take them one by one.
   std::atomic<int64_t> next = 0;
   const auto work_off = [&](int64_t, int64_t) {
@@ -142,8 +38,7 @@ void execute(const Problem& problem, const Plan& plan) {
   at::parallel_for(0, threads, 1, work_off);
   at::parallel_for(0, static_cast<int64_t>(plan.splits.size()), 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Split& split = plan.splits[i];
-      combine(problem, plan.tasks[split.first], split.count, partials.data());
+      attention::combine(problem, plan, plan.splits[i], partials.data());
     }
   });
 }
@@ -152,8 +47,7 @@ void check_query(const char* op, const at::Tensor& q, const char* name, const at
   const int64_t dims = k.dim();
   DEPTHPRUNE_CHECK(q.dim() == 3 && q.size(2) > 0, op, "q", "shape [T, H, D]", q.sizes());
   DEPTHPRUNE_CHECK(
-      q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf || q.scalar_type() == at::kFloat,
-      op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
+      is_known(q.scalar_type()), op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
   DEPTHPRUNE_CHECK(
       k.size(dims - 1) == q.size(2) && k.size(dims - 2) > 0 && q.size(1) % k.size(dims - 2) == 0, op, name,
       c10::str("shape [..., K, ", q.size(2), "] where K divides the ", q.size(1), " heads of q"), k.sizes());
@@ -211,9 +105,7 @@ Problem problem_of(
   problem.group = q.size(1) / k.size(token + 1);
   problem.window = window;
   problem.scale = static_cast<float>(scale);
-  problem.format = q.scalar_type() == at::kBFloat16 ? Format::kBFloat16
-                   : q.scalar_type() == at::kHalf   ? Format::kFloat16
-                                                    : Format::kFloat32;
+  problem.dtype = dtype_of(q.scalar_type());
   return problem;
 }
 
@@ -252,7 +144,7 @@ at::Tensor paged_attention(
         c10::str("values from ", request.num_queries, " (queries) to ", width * problem.block_size, " (room)"),
         c10::str(context, " for request ", b));
     if (request.num_queries == 0) continue;
-    const int64_t oldest = oldest_visible(problem, context - request.num_queries);
+    const int64_t oldest = attention::oldest_visible(problem, context - request.num_queries);
     for (int64_t i = oldest / problem.block_size; i <= (context - 1) / problem.block_size; ++i) {
       DEPTHPRUNE_CHECK(
           table[i] >= 0 && table[i] < k_cache.size(0), op, "block_tables",

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/dtype.h"
 #include "cpu/simd.h"
 
 namespace depthprune::attention {
@@ -11,8 +12,6 @@ namespace depthprune::attention {
 constexpr int64_t kKeys = 64;     // keys of a tile
 constexpr int kRows = 6;         // rows of queries that one product takes
 constexpr int64_t kFewRows = 16;  // up to this many rows, keys are read in place; above, they are transposed first
-
-enum class Format { kFloat32, kBFloat16, kFloat16 };
 
 // How a tile of keys is read: in place; widened to float32 once for all rows, padded; or that with keys transposed.
 enum class Read { kInPlace, kWidened, kTransposed };
@@ -37,13 +36,13 @@ struct Problem {
   int64_t group;   // query heads of a KV head
   int64_t window;  // 0: none
   float scale;
-  Format format;
+  Dtype dtype;
 
   int64_t padded_dim() const { return (head_dim + 15) / 16 * 16; }
 
   // Few rows may read keys in place: whole vectors must not reach over the end of a row, and widening float16 takes
   // several instructions, so is done once a key rather than once a row.
-  bool in_place() const { return head_dim % 16 == 0 && format != Format::kFloat16; }
+  bool in_place() const { return head_dim % 16 == 0 && dtype != Dtype::float16; }
 };
 
 // Queries first_query .. + num_queries, at positions position .., against the keys at positions first_key .. end_key.

@@ -232,9 +232,9 @@ DEPTHPRUNE_INLINE void attend_as(const Problem& problem, const Task& task, Scrat
 
 template <int W>
 DEPTHPRUNE_INLINE void attend(const Problem& problem, const Task& task, Scratch& scratch, float* partials) {
-  switch (problem.format) {
-    case Format::kBFloat16: return attend_as<W, BFloat16>(problem, task, scratch, partials);
-    case Format::kFloat16: return attend_as<W, Float16>(problem, task, scratch, partials);
+  switch (problem.dtype) {
+    case Dtype::bfloat16: return attend_as<W, BFloat16>(problem, task, scratch, partials);
+    case Dtype::float16: return attend_as<W, Float16>(problem, task, scratch, partials);
     default: return attend_as<W, Float32>(problem, task, scratch, partials);
   }
 }

@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "check.h"
+#include "cpu/arguments.h"
 #include "cpu/features.h"
 #include "cpu/linear.h"
 
@@ -21,35 +22,31 @@ namespace {
 // Products that are worth a second thread: about 10 us of one core.
 constexpr int64_t kGrain = 1 << 17;
 
-// Most tokens for our kernels, by LinearDtype; at::linear takes more. Time of at::linear over ours at SmolLM2's shapes
+// Most tokens for our kernels, by Dtype; at::linear takes more. Time of at::linear over ours at SmolLM2's shapes
 // (2 threads of a Zen 4 with AVX-512 BF16; rows in benchmarks/results/linear_cpu.csv): bfloat16 1.4-2.1 at 1 token,
 // 0.9-1.2 at 64; float32 1.9-2.2 and 1.3-1.7; float16 0.7-0.8 and 3.8-4.4. Where ours is the slower one it stays, as a
 // token's result must not change with the number of tokens. The generic kernels keep up at a few tokens only.
 constexpr int64_t kMostTokens[3] = {64, 256, 64};
 constexpr int64_t kMostTokensGeneric = 4;
 
-bool known(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat; }
+}  // namespace
 
-int index_of(at::ScalarType dtype) {
-  if (dtype == at::kBFloat16) return static_cast<int>(LinearDtype::bfloat16);
-  return static_cast<int>(dtype == at::kHalf ? LinearDtype::float16 : LinearDtype::float32);
-}
-
-// The kernel for this many tokens, or null where at::linear is the better one.
-const LinearKernel* kernel_for(at::ScalarType dtype, int64_t tokens) {
-  const int index = index_of(dtype);
+const LinearKernel* linear_kernel(Dtype dtype, int64_t tokens) {
+  const int index = static_cast<int>(dtype);
   const Level use = level();
   if (tokens > (use == Level::generic ? kMostTokensGeneric : kMostTokens[index])) return nullptr;
-  if (use == Level::avx512_bf16 && dtype == at::kBFloat16) return &kLinearAvx512Bf16;
+  if (use == Level::avx512_bf16 && dtype == Dtype::bfloat16) return &kLinearAvx512Bf16;
   if (use >= Level::avx512) return &kLinearAvx512[index];
   if (use == Level::avx2) return &kLinearAvx2[index];
   return kLinearGeneric[index].rows == nullptr ? nullptr : &kLinearGeneric[index];
 }
 
+namespace {
+
 void check(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   constexpr const char* op = "linear";
   DEPTHPRUNE_CHECK(x.dim() == 2, op, "x", "two dimensions [T, K]", x.sizes());
-  DEPTHPRUNE_CHECK(known(x.scalar_type()), op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
+  DEPTHPRUNE_CHECK(is_known(x.scalar_type()), op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
   DEPTHPRUNE_CHECK(
       weight.dim() == 2 && weight.size(1) == x.size(1), op, "weight", c10::str("shape [N, ", x.size(1), "]"),
       weight.sizes());
@@ -93,7 +90,7 @@ at::Tensor linear(
     const at::Tensor& weight,                 // [N, K]
     const std::optional<at::Tensor>& bias) {  // [N] -> [T, N]
   check(x, weight, bias);
-  const LinearKernel* kernel = kernel_for(x.scalar_type(), x.size(0));
+  const LinearKernel* kernel = linear_kernel(dtype_of(x.scalar_type()), x.size(0));
   if (kernel == nullptr) return at::linear(x, weight, bias);
   at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
   if (out.numel() == 0) return out;

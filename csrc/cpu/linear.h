@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/dtype.h"
+
 #if defined(__GNUC__)
 #define DEPTHPRUNE_PREFETCH(address) __builtin_prefetch(address)
 #else
@@ -33,13 +35,14 @@ struct LinearKernel {
   void (*rows)(const Linear& linear, int64_t begin, int64_t end);
 };
 
-enum class LinearDtype { bfloat16, float16, float32 };
-
-// Kernels by LinearDtype; all null where the compiler or the processor family lacks the level.
+// Kernels by Dtype; all null where the compiler or the processor family lacks the level.
 extern const LinearKernel kLinearGeneric[3];
 extern const LinearKernel kLinearAvx2[3];
 extern const LinearKernel kLinearAvx512[3];
 extern const LinearKernel kLinearAvx512Bf16;  // bfloat16 only
+
+// The kernel of the level in force for this many tokens, or null where at::linear is the better one.
+const LinearKernel* linear_kernel(Dtype dtype, int64_t tokens);
 
 // Weight rows that one pass over the inputs shares; threads get multiples of it.
 constexpr int64_t kLinearRows = 4;

@@ -11,6 +11,8 @@
 #include <optional>
 
 #include "check.h"
+#include "cpu/arguments.h"
+#include "cpu/norm.h"
 #include "cpu/simd.h"
 
 namespace depthprune {
@@ -22,19 +24,6 @@ constexpr int64_t kGrain = 32768;
 // Squares are summed in blocks of this many: on 4-lane vectors one running sum over 16384 float32 channels, an outlier
 // among them, erred by more than twice what plain torch errs.
 constexpr int64_t kBlock = 512;
-
-// Row r of a tensor starts at (r / inner) * outer_stride + (r % inner) * inner_stride: enough for [T, C], and for the
-// heads [T, H, D] of a wider projection.
-struct Rows {
-  int64_t inner = 1;
-  int64_t outer_stride = 0;
-  int64_t inner_stride = 0;
-
-  int64_t offset(int64_t row) const {
-    if (inner == 1) return row * outer_stride;
-    return row / inner * outer_stride + row % inner * inner_stride;
-  }
-};
 
 // The rows of t, or nothing where its last dimension is strided or the others do not merge into two.
 std::optional<Rows> rows_of(const at::Tensor& t) {
@@ -57,20 +46,6 @@ std::optional<Rows> rows_of(const at::Tensor& t) {
   if (count == 1) return Rows{1, strides[0], 0};
   return Rows{sizes[0], strides[1], strides[0]};
 }
-
-struct Norm {
-  const void* x;       // [T, C]
-  void* residual;      // [T, C], or null
-  const void* weight;  // [C]
-  void* out;           // [T, C]
-  Rows x_rows;
-  Rows residual_rows;
-  Rows out_rows;
-  int64_t hidden_size;
-  float eps;
-  at::ScalarType dtype;
-  at::ScalarType weight_dtype;
-};
 
 // Sum of squares of up to kBlock values. The simd reduction allows partial sums; without it the loop would wait for
 // one addition after the other.
@@ -138,24 +113,27 @@ DEPTHPRUNE_INLINE void norm_rows_of(const Norm& norm, int64_t begin, int64_t end
 
 template <bool add>
 DEPTHPRUNE_INLINE void norm_any(const Norm& norm, int64_t begin, int64_t end) {
-  if (norm.dtype == at::kBFloat16) {
+  if (norm.dtype == Dtype::bfloat16) {
     norm_rows_of<BFloat16, add>(norm, begin, end);
-  } else if (norm.dtype == at::kHalf) {
+  } else if (norm.dtype == Dtype::float16) {
     norm_rows_of<Float16, add>(norm, begin, end);
   } else {
     norm_rows<Float32, Float32, add>(norm, begin, end);
   }
 }
 
+}  // namespace
+
 // The dtype switch is inside the clones: a template cannot be cloned.
 DEPTHPRUNE_CLONES void norm_plain(const Norm& norm, int64_t begin, int64_t end) { norm_any<false>(norm, begin, end); }
 DEPTHPRUNE_CLONES void norm_add(const Norm& norm, int64_t begin, int64_t end) { norm_any<true>(norm, begin, end); }
 
+namespace {
+
 void check(const char* op, const at::Tensor& x, const at::Tensor& weight) {
   DEPTHPRUNE_CHECK(x.dim() >= 1, op, "x", "at least one dimension", x.sizes());
   DEPTHPRUNE_CHECK(
-      x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf || x.scalar_type() == at::kFloat,
-      op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
+      is_known(x.scalar_type()), op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
   DEPTHPRUNE_CHECK(
       weight.dim() == 1 && weight.size(0) == x.size(-1), op, "weight", c10::str("shape [", x.size(-1), "]"),
       weight.sizes());
@@ -184,8 +162,8 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& residual, const at::Te
   norm.out_rows = *rows_of(out);
   norm.hidden_size = x.size(-1);
   norm.eps = static_cast<float>(eps);
-  norm.dtype = x.scalar_type();
-  norm.weight_dtype = weight.scalar_type();
+  norm.dtype = dtype_of(x.scalar_type());
+  norm.weight_dtype = dtype_of(weight.scalar_type());
   if (residual.defined()) {
     norm.residual = sum.mutable_data_ptr();
     norm.residual_rows = *rows_of(sum);

@@ -36,7 +36,7 @@ struct QuantizedLinear {
   void* out;         // [T, out_stride] of dtype
   int64_t tokens;    // T
   int64_t out_stride;
-  LinearDtype dtype;
+  Dtype dtype;
 };
 
 // Outputs of panels [begin, end) for all tokens.
@@ -50,6 +50,6 @@ void quantized_panels_vnni(const QuantizedLinear& linear, int64_t begin, int64_t
 QuantizedPanels quantized_panels();
 
 // One token [K] of dtype into the packed form.
-void pack_quantized(const void* x, LinearDtype dtype, const QuantizedWeight& weight, char* packed);
+void pack_quantized(const void* x, Dtype dtype, const QuantizedWeight& weight, char* packed);
 
 }  // namespace depthprune

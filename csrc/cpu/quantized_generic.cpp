@@ -117,10 +117,10 @@ void quantized_panels_generic(const QuantizedLinear& linear, int64_t begin, int6
 }
 
 // The dtype switch is inside the clones: a template cannot be cloned.
-DEPTHPRUNE_CLONES void pack_quantized(const void* x, LinearDtype dtype, const QuantizedWeight& weight, char* packed) {
+DEPTHPRUNE_CLONES void pack_quantized(const void* x, Dtype dtype, const QuantizedWeight& weight, char* packed) {
   switch (dtype) {
-    case LinearDtype::bfloat16: return pack_as<BFloat16>(x, weight, packed);
-    case LinearDtype::float16: return pack_as<Float16>(x, weight, packed);
+    case Dtype::bfloat16: return pack_as<BFloat16>(x, weight, packed);
+    case Dtype::float16: return pack_as<Float16>(x, weight, packed);
     default: return pack_as<Float32>(x, weight, packed);
   }
 }

@@ -80,8 +80,8 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void store_rows(
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void store_any(
     const float* totals, const QuantizedLinear& linear, int64_t token, int64_t row) {
   switch (linear.dtype) {
-    case LinearDtype::bfloat16: return store_rows<BFloat16>(totals, linear, token, row);
-    case LinearDtype::float16: return store_rows<Float16>(totals, linear, token, row);
+    case Dtype::bfloat16: return store_rows<BFloat16>(totals, linear, token, row);
+    case Dtype::float16: return store_rows<Float16>(totals, linear, token, row);
     default: return store_rows<Float32>(totals, linear, token, row);
   }
 }

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "check.h"
+#include "cpu/arguments.h"
 #include "cpu/features.h"
 #include "cpu/quantized.h"
 
@@ -24,11 +25,6 @@ namespace {
 
 constexpr const char* kOp = "quantized_linear";
 constexpr int64_t kGrain = 1 << 18;  // products that are worth a second thread
-
-LinearDtype dtype_of(at::ScalarType dtype) {
-  if (dtype == at::kBFloat16) return LinearDtype::bfloat16;
-  return dtype == at::kHalf ? LinearDtype::float16 : LinearDtype::float32;
-}
 
 const void* part(
     const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
@@ -72,8 +68,7 @@ at::Tensor quantized_linear(
     int64_t out_features, int64_t bits, int64_t group_size) {  // -> [T, N]
   DEPTHPRUNE_CHECK(x.dim() == 2, kOp, "x", "two dimensions [T, K]", x.sizes());
   DEPTHPRUNE_CHECK(
-      x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf || x.scalar_type() == at::kFloat, kOp, "x",
-      "dtype bfloat16, float16 or float32", x.scalar_type());
+      is_known(x.scalar_type()), kOp, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
   QuantizedLinear job{};
   job.weight = weight_of(codes, scales, zeros, out_features, x.size(1), bits, group_size);
   if (bias) job.bias = part("bias", *bias, x.scalar_type(), {out_features});

@@ -15,27 +15,14 @@
 #include <cstdint>
 
 #include "check.h"
+#include "cpu/arguments.h"
+#include "cpu/rotary.h"
 #include "cpu/simd.h"
 
 namespace depthprune {
 namespace {
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a second thread
-
-struct Heads {
-  void* data;  // [T, H, D]
-  int64_t token_stride;
-  int64_t head_stride;
-  int64_t count;
-};
-
-struct Rotation {
-  Heads heads[2];
-  const float* cos_sin;      // [S, 2, D/2]
-  const int64_t* positions;  // [T]
-  int64_t half;
-  at::ScalarType dtype;
-};
 
 template <typename X>
 DEPTHPRUNE_INLINE void rotate_tokens(const Rotation& rotation, int64_t begin, int64_t end) {
@@ -60,16 +47,20 @@ DEPTHPRUNE_INLINE void rotate_tokens(const Rotation& rotation, int64_t begin, in
   }
 }
 
+}  // namespace
+
 // The dtype switch is inside the clones: a template cannot be cloned.
-DEPTHPRUNE_CLONES void rotate_any(const Rotation& rotation, int64_t begin, int64_t end) {
-  if (rotation.dtype == at::kBFloat16) {
+DEPTHPRUNE_CLONES void rotate(const Rotation& rotation, int64_t begin, int64_t end) {
+  if (rotation.dtype == Dtype::bfloat16) {
     rotate_tokens<BFloat16>(rotation, begin, end);
-  } else if (rotation.dtype == at::kHalf) {
+  } else if (rotation.dtype == Dtype::float16) {
     rotate_tokens<Float16>(rotation, begin, end);
   } else {
     rotate_tokens<Float32>(rotation, begin, end);
   }
 }
+
+namespace {
 
 Heads heads_of(const at::Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.size(1)}; }
 
@@ -86,8 +77,7 @@ void rotary(
       k.dim() == 3 && k.size(0) == tokens && k.size(2) == 2 * half, op, "k",
       c10::str("shape [", tokens, ", K, ", 2 * half, "]"), k.sizes());
   DEPTHPRUNE_CHECK(
-      q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf || q.scalar_type() == at::kFloat,
-      op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
+      is_known(q.scalar_type()), op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
   DEPTHPRUNE_CHECK(
       k.scalar_type() == q.scalar_type(), op, "k", c10::str("dtype ", q.scalar_type(), " (that of q)"),
       k.scalar_type());
@@ -117,10 +107,10 @@ void rotary(
   const at::Tensor dense_q = q.stride(2) == 1 ? q : q.contiguous();
   const at::Tensor dense_k = k.stride(2) == 1 ? k : k.contiguous();
   const Rotation rotation{
-      {heads_of(dense_q), heads_of(dense_k)}, table.const_data_ptr<float>(), position, half, q.scalar_type()};
+      {heads_of(dense_q), heads_of(dense_k)}, table.const_data_ptr<float>(), position, half, dtype_of(q.scalar_type())};
   const int64_t token_size = (q.size(1) + k.size(1)) * 2 * half;
   at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / token_size), [&](int64_t begin, int64_t end) {
-    rotate_any(rotation, begin, end);
+    rotate(rotation, begin, end);
   });
   if (!dense_q.is_same(q)) q.copy_(dense_q);
   if (!dense_k.is_same(k)) k.copy_(dense_k);
