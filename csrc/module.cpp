@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/decode_step_binding.h"
 #include "cpu/features.h"
 #include "cpu/simd.h"
 
@@ -28,4 +29,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "set_cpu_level", &depthprune::set_level, pybind11::arg("name"),
       "Use the level `name` of cpu_levels() from now on, in all threads; for tests and benchmarks");
+  depthprune::bind_decode_step(m);
 }

@@ -198,9 +198,43 @@ at::Tensor add_rms_norm(
   return run(x, residual, weight, eps);
 }
 
+void head_rms_norm(
+    at::Tensor& x,             // [T, H, D], in place
+    const at::Tensor& weight,  // [H, D]
+    double eps) {
+  constexpr const char* op = "head_rms_norm";
+  DEPTHPRUNE_CHECK(x.dim() == 3, op, "x", "shape [T, H, D]", x.sizes());
+  DEPTHPRUNE_CHECK(is_known(x.scalar_type()), op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
+  const int64_t heads = x.size(1);
+  DEPTHPRUNE_CHECK(
+      weight.sizes() == x.sizes().slice(1), op, "weight", c10::str("shape ", x.sizes().slice(1)), weight.sizes());
+  DEPTHPRUNE_CHECK(
+      (weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat) && weight.is_cpu(), op, "weight",
+      c10::str("dtype ", x.scalar_type(), " (that of x) or Float, device cpu"),
+      c10::str(weight.scalar_type(), " ", weight.device()));
+  if (x.numel() == 0) return;
+  const at::Tensor gain = weight.contiguous();
+  const at::Tensor dense = x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous();
+  const int64_t bytes = x.element_size();
+  Norm norm{};
+  norm.hidden_size = x.size(2);
+  norm.x_rows.outer_stride = norm.out_rows.outer_stride = dense.stride(0);
+  norm.eps = static_cast<float>(eps);
+  norm.dtype = dtype_of(x.scalar_type());
+  norm.weight_dtype = dtype_of(weight.scalar_type());
+  for (int64_t h = 0; h < heads; ++h) {  // a gain each
+    norm.out = static_cast<char*>(dense.mutable_data_ptr()) + h * dense.stride(1) * bytes;
+    norm.x = norm.out;
+    norm.weight = static_cast<const char*>(gain.const_data_ptr()) + h * gain.stride(0) * gain.element_size();
+    norm_plain(norm, 0, x.size(0));
+  }
+  if (!dense.is_same(x)) x.copy_(dense);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(depthprune, CPU, m) {
+  m.impl("head_rms_norm", &head_rms_norm);
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.engine.scheduler import Chunk
 from depthprune_runtime.model.batch import Batch, PagedContext
+from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
 
 Ints = npt.NDArray[np.int64]
@@ -56,6 +57,7 @@ class Runner:
         self._decoder = decoder
         self._cache = cache
         self._tables = _SeatTables(max_num_seqs)
+        self._step = build_decode_step(decoder, cache.pairs)
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor | None:  # [R, V]
         """Compute the chunks' tokens; logits of those that sample, in order, or None if there are none."""
@@ -80,6 +82,9 @@ class Runner:
         token_ids, positions_, slots_, bounds_, ends_, select_, tables_ = self._to_device(parts)
         paged = PagedContext(slots_, tables_.view(tables.shape), ends_, fresh=not starts.any())
         batch = Batch(positions_, bounds_, int(ends.max()) - 1, paged)
+        step = self._step
+        if step is not None and len(ids) == len(chunks) <= step.max_tokens and all(sampling):
+            return step.logits(token_ids, batch)
         hidden = self._decoder.hidden_states(token_ids, batch, self._cache.pairs, select=select_)
         return self._decoder.logits(hidden) if any(sampling) else None
 

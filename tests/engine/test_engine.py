@@ -14,6 +14,7 @@ from random_decoder import decoder, engine, solo
 from specs import mixed_spec, plain_spec
 
 from depthprune_runtime import InputError, SamplingParams
+from depthprune_runtime.engine import runner
 from depthprune_runtime.engine.errors import EngineDead, EngineFull
 
 SPECS = {
@@ -256,7 +257,13 @@ def test_parameters_broken_after_their_making_are_refused():
         engine(SPECS["plain"], 30).add_request((1,), params)
 
 
-def test_damaged_logits_end_their_own_request_only(monkeypatch, caplog):
+@pytest.fixture
+def by_ops(monkeypatch):
+    """Every step goes through the decoder's methods, which a test may then replace."""
+    monkeypatch.setattr(runner, "build_decode_step", lambda *_: None)
+
+
+def test_damaged_logits_end_their_own_request_only(monkeypatch, caplog, by_ops):
     """Row 1 of the third step is NaN: that request fails, and nobody reads what it cached."""
     spec = SPECS["plain"]
     e = engine(spec, 60)
@@ -326,7 +333,7 @@ def test_deltas_add_up_to_the_output(pico_runtime):
     assert [o.token_ids for o in whole.outputs] == [o.token_ids for o in result.outputs]
 
 
-def test_a_failed_step_stops_the_engine_for_good(monkeypatch):
+def test_a_failed_step_stops_the_engine_for_good(monkeypatch, by_ops):
     e = engine(SPECS["plain"], 30)
     e.add_request((1,), GREEDY)
     fault = RuntimeError("device lost")
@@ -384,7 +391,7 @@ def test_memory_as_text_fraction_and_default():
     assert engine(plain_spec(2), max_num_seqs=3).max_cached_tokens == full
 
 
-def test_logits_are_computed_only_for_those_that_sample(monkeypatch):
+def test_logits_are_computed_only_for_those_that_sample(monkeypatch, by_ops):
     spec = SPECS["plain"]
     rows = []
     plain = decoder(spec).logits

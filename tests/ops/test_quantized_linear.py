@@ -1,4 +1,4 @@
-"""The integer kernels of quantized_linear: against the same arithmetic in float64, and against the dequantised weight."""
+"""The integer kernels of quantized_linear, against the same arithmetic in float64 and the dequantised weight."""
 
 from __future__ import annotations
 

@@ -1,0 +1,260 @@
+// DecodeStep for Python: checks tensors once, keeps them alive, and hands their addresses over.
+#include "cpu/decode_step_binding.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <vector>
+
+#include "check.h"
+#include "cpu/arguments.h"
+#include "cpu/decode_step.h"
+
+namespace depthprune {
+namespace {
+
+namespace py = pybind11;
+using Tensors = std::vector<at::Tensor>;
+
+constexpr const char* kOp = "decode_step";
+
+// Weight [N, K] as [weight], or as [codes, scales] or [codes, scales, zeros] with its sizes.
+struct StepLinear {
+  Tensors weight;
+  std::optional<at::Tensor> bias;
+  int64_t out_features;
+  int64_t in_features;
+  int64_t bits;  // 0: dense
+  int64_t group_size;
+};
+
+class Builder {
+ public:
+  Builder(at::ScalarType dtype, int64_t hidden_size, double eps) : dtype_(dtype) {
+    DEPTHPRUNE_CHECK(is_known(dtype), kOp, "dtype", "bfloat16, float16 or float32", dtype);
+    weights_.dtype = dtype_of(dtype);
+    weights_.hidden_size = hidden_size;
+    weights_.eps = static_cast<float>(eps);
+  }
+
+  void add_attention(
+      const at::Tensor& norm, const StepLinear& qkv, const StepLinear& o, const std::optional<at::Tensor>& q_norm,
+      const std::optional<at::Tensor>& k_norm, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, double scale,
+      int64_t window, int64_t rotary, const at::Tensor& k_cache, const at::Tensor& v_cache) {
+    DEPTHPRUNE_CHECK(
+        num_kv_heads > 0 && num_heads % num_kv_heads == 0 && head_dim % 2 == 0, kOp, "num_heads, num_kv_heads, head_dim",
+        "whole groups and an even head_dim", c10::str(num_heads, ", ", num_kv_heads, ", ", head_dim));
+    AttentionLayer layer{};
+    layer.norm = plain("norm", norm, {hidden()});
+    layer.qkv = projection("qkv", qkv, (num_heads + 2 * num_kv_heads) * head_dim, hidden());
+    layer.o = projection("o", o, hidden(), num_heads * head_dim);
+    if (q_norm) layer.q_norm = plain("q_norm", *q_norm, {num_heads, head_dim});
+    if (k_norm) layer.k_norm = plain("k_norm", *k_norm, {num_kv_heads, head_dim});
+    layer.num_heads = num_heads;
+    layer.num_kv_heads = num_kv_heads;
+    layer.head_dim = head_dim;
+    layer.scale = static_cast<float>(scale);
+    layer.window = window;
+    layer.rotary = rotary;
+    layer.num_kv_blocks = k_cache.size(0);
+    layer.kv_block_size = k_cache.size(1);
+    layer.k_cache = cache("k_cache", k_cache, {layer.num_kv_blocks, layer.kv_block_size, num_kv_heads, head_dim});
+    layer.v_cache = cache("v_cache", v_cache, {layer.num_kv_blocks, layer.kv_block_size, num_kv_heads, head_dim});
+    weights_.layers.emplace_back(layer);
+  }
+
+  void add_ffn(const at::Tensor& norm, const StepLinear& gate_up, const StepLinear& down) {
+    FfnLayer layer{};
+    layer.norm = plain("norm", norm, {hidden()});
+    layer.gate_up = projection("gate_up", gate_up, 2 * down.in_features, hidden());
+    layer.down = projection("down", down, hidden(), down.in_features);
+    weights_.layers.emplace_back(layer);
+  }
+
+  void set_ends(const StepLinear& embedding, const at::Tensor& norm, const StepLinear& lm_head) {
+    weights_.embedding = projection("embedding", embedding, embedding.out_features, hidden());
+    weights_.norm = plain("norm", norm, {hidden()});
+    weights_.lm_head = projection("lm_head", lm_head, lm_head.out_features, hidden());
+  }
+
+  DecoderWeights weights() const { return weights_; }
+  Tensors tensors() const { return tensors_; }
+  at::ScalarType dtype() const { return dtype_; }
+
+ private:
+  int64_t hidden() const { return weights_.hidden_size; }
+
+  const void* part(const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
+    DEPTHPRUNE_CHECK(
+        t.sizes() == sizes && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), kOp, name,
+        c10::str("shape ", sizes, ", dtype ", dtype, ", dense, device cpu"),
+        c10::str(t.sizes(), " ", t.scalar_type(), " ", t.device()));
+    tensors_.push_back(t);
+    return t.const_data_ptr();
+  }
+
+  const void* plain(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
+    return part(name, t, dtype_, sizes);
+  }
+
+  attention::Source cache(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
+    return {part(name, t, dtype_, sizes), t.stride(0), t.stride(1), t.stride(2)};
+  }
+
+  Projection projection(const char* name, const StepLinear& linear, int64_t out_features, int64_t in_features) {
+    DEPTHPRUNE_CHECK(
+        linear.out_features == out_features && linear.in_features == in_features, kOp, name,
+        c10::str("shape [", out_features, ", ", in_features, "]"),
+        c10::str("[", linear.out_features, ", ", linear.in_features, "]"));
+    Projection found{};
+    found.dtype = weights_.dtype;
+    found.out_features = out_features;
+    found.in_features = in_features;
+    if (linear.bias) found.bias = plain(name, *linear.bias, {out_features});
+    if (linear.bits == 0) {
+      found.weight = plain(name, linear.weight.at(0), {out_features, in_features});
+      return found;
+    }
+    QuantizedWeight& codes = found.codes;
+    codes.out_features = out_features;
+    codes.in_features = in_features;
+    codes.group_size = linear.group_size;
+    codes.groups = (in_features + linear.group_size - 1) / linear.group_size;
+    codes.bits = static_cast<int>(linear.bits);
+    const int64_t panels = codes.panels();
+    codes.codes = static_cast<const uint8_t*>(
+        part(name, linear.weight.at(0), at::kByte, {panels, codes.padded() * linear.bits / 32, kPanelRows, 4}));
+    codes.scales = static_cast<const uint16_t*>(
+        part(name, linear.weight.at(1), at::kBFloat16, {panels, codes.groups, kPanelRows}));
+    if (linear.weight.size() > 2) {
+      codes.zeros = static_cast<const uint8_t*>(
+          part(name, linear.weight.at(2), at::kByte, {panels, codes.groups, kPanelRows}));
+    }
+    return found;
+  }
+
+  at::ScalarType dtype_;
+  DecoderWeights weights_{};
+  Tensors tensors_;
+};
+
+// A dense int64 tensor on the CPU.
+const int64_t* integers(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
+  DEPTHPRUNE_CHECK(
+      t.sizes() == sizes && t.scalar_type() == at::kLong && t.is_cpu() && t.is_contiguous(), kOp, name,
+      c10::str("shape ", sizes, ", dtype Long, dense, device cpu"),
+      c10::str(t.sizes(), " ", t.scalar_type(), " ", t.device()));
+  return t.const_data_ptr<int64_t>();
+}
+
+void check_values(const char* name, const int64_t* values, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i) {
+    DEPTHPRUNE_CHECK(
+        values[i] >= 0 && values[i] < limit, kOp, name, c10::str("values from 0 to ", limit - 1),
+        c10::str(values[i], " at index ", i));
+  }
+}
+
+class Step {
+ public:
+  explicit Step(const Builder& builder)
+      : tensors_(builder.tensors()), dtype_(builder.dtype()), step_(builder.weights()) {}
+
+  int64_t max_tokens() const { return step_.max_tokens(); }
+
+  at::Tensor run(
+      const at::Tensor& ids,           // [T]
+      const at::Tensor& positions,     // [T]
+      const at::Tensor& slots,         // [T]
+      const at::Tensor& block_tables,  // [T, M]
+      const at::Tensor& context_lens,  // [T]
+      const Tensors& cos_sin) {        // [S, 2, D/2] each -> [T, V]
+    const DecoderWeights& weights = step_.weights();
+    const int64_t tokens = ids.size(0);
+    DEPTHPRUNE_CHECK(
+        tokens > 0 && tokens <= max_tokens(), kOp, "ids", c10::str("1 to ", max_tokens(), " tokens"), tokens);
+    StepInputs inputs{};
+    inputs.tokens = tokens;
+    inputs.ids = integers("ids", ids, {tokens});
+    inputs.positions = integers("positions", positions, {tokens});
+    inputs.slots = integers("slots", slots, {tokens});
+    DEPTHPRUNE_CHECK(block_tables.dim() == 2, kOp, "block_tables", "shape [T, M]", block_tables.sizes());
+    inputs.table_width = block_tables.size(1);
+    inputs.block_tables = integers("block_tables", block_tables, {tokens, inputs.table_width});
+    inputs.context_lens = integers("context_lens", context_lens, {tokens});
+    check_values("ids", inputs.ids, tokens, weights.embedding.out_features);
+    for (const at::Tensor& table : cos_sin) {
+      DEPTHPRUNE_CHECK(
+          table.dim() == 3 && table.scalar_type() == at::kFloat && table.is_contiguous() && table.is_cpu(), kOp,
+          "cos_sin", "shape [S, 2, D/2], dtype Float, dense, device cpu", table.sizes());
+      check_values("positions", inputs.positions, tokens, table.size(0));
+      inputs.cos_sin.push_back(table.const_data_ptr<float>());
+    }
+    const AttentionLayer* checked = nullptr;
+    for (const auto& layer : weights.layers) {
+      const auto* attention = std::get_if<AttentionLayer>(&layer);
+      if (attention == nullptr) continue;
+      check_table(*attention, cos_sin);
+      // All sub-layers have the same kv_blocks as a rule: then the first pays for the loop.
+      if (checked == nullptr || checked->num_kv_blocks != attention->num_kv_blocks ||
+          checked->kv_block_size != attention->kv_block_size) {
+        check_places(*attention, inputs);
+      }
+      checked = attention;
+    }
+    at::Tensor logits = at::empty({tokens, weights.lm_head.out_features}, at::TensorOptions().dtype(dtype_));
+    step_.run(inputs, logits.mutable_data_ptr(), at::get_num_threads());
+    return logits;
+  }
+
+ private:
+  static void check_table(const AttentionLayer& layer, const Tensors& cos_sin) {
+    const bool there = layer.rotary >= 0 && layer.rotary < static_cast<int64_t>(cos_sin.size());
+    DEPTHPRUNE_CHECK(
+        there && cos_sin[layer.rotary].size(1) == 2 && cos_sin[layer.rotary].size(2) * 2 == layer.head_dim, kOp,
+        "cos_sin", c10::str("a table [S, 2, ", layer.head_dim / 2, "] at ", layer.rotary),
+        there ? c10::str(cos_sin[layer.rotary].sizes()) : c10::str(cos_sin.size(), " tables"));
+  }
+
+  static void check_places(const AttentionLayer& layer, const StepInputs& inputs) {
+    check_values("slots", inputs.slots, inputs.tokens, layer.num_kv_blocks * layer.kv_block_size);
+    for (int64_t t = 0; t < inputs.tokens; ++t) {
+      const int64_t context = inputs.context_lens[t];
+      DEPTHPRUNE_CHECK(
+          context >= 1 && context <= inputs.table_width * layer.kv_block_size, kOp, "context_lens",
+          c10::str("values from 1 to ", inputs.table_width * layer.kv_block_size), context);
+      const int64_t used = (context + layer.kv_block_size - 1) / layer.kv_block_size;
+      check_values("block_tables", inputs.block_tables + t * inputs.table_width, used, layer.num_kv_blocks);
+    }
+  }
+
+  Tensors tensors_;
+  at::ScalarType dtype_;
+  DecodeStep step_;
+};
+
+}  // namespace
+
+void bind_decode_step(py::module_& m) {
+  py::class_<StepLinear>(m, "StepLinear")
+      .def(
+          py::init<Tensors, std::optional<at::Tensor>, int64_t, int64_t, int64_t, int64_t>(), py::arg("weight"),
+          py::arg("bias"), py::arg("out_features"), py::arg("in_features"), py::arg("bits"), py::arg("group_size"));
+  py::class_<Builder>(m, "StepBuilder")
+      .def(py::init<at::ScalarType, int64_t, double>(), py::arg("dtype"), py::arg("hidden_size"), py::arg("eps"))
+      .def(
+          "add_attention", &Builder::add_attention, py::arg("norm"), py::arg("qkv"), py::arg("o"), py::arg("q_norm"),
+          py::arg("k_norm"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("scale"),
+          py::arg("window"), py::arg("rotary"), py::arg("k_cache"), py::arg("v_cache"))
+      .def("add_ffn", &Builder::add_ffn, py::arg("norm"), py::arg("gate_up"), py::arg("down"))
+      .def("set_ends", &Builder::set_ends, py::arg("embedding"), py::arg("norm"), py::arg("lm_head"));
+  py::class_<Step>(m, "DecodeStep")
+      .def(py::init<const Builder&>())
+      .def("max_tokens", &Step::max_tokens)
+      .def("run", &Step::run, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace depthprune

@@ -1,0 +1,102 @@
+"""`DecodeStep`: a decode step of the whole decoder in one C++ call; op by op, Python would cost as much as the work.
+
+It does what `Decoder.hidden_states` and `logits` do with paged attention and one new token a request, by the same
+kernels with the same roundings: the logits are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from depthprune_runtime.model.batch import Batch
+from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.model.linear import Linear
+from depthprune_runtime.model.rope import RotaryTable
+from depthprune_runtime.model.sublayers import Attention, KVPair
+from depthprune_runtime.quantized import QuantizedWeight
+
+
+def _extension() -> Any | None:
+    """The C++ extension; None where it was not built, which `ops` has said in the log."""
+    try:
+        return importlib.import_module("depthprune_runtime._C")
+    except ImportError:
+        return None
+
+
+def build_decode_step(decoder: Decoder, kv: Sequence[KVPair | None]) -> DecodeStep | None:
+    """The step over `decoder` and its KV cache; None where ops run instead: no CPU, or no extension."""
+    extension = _extension()
+    if extension is None or decoder.device.type != "cpu":
+        return None
+    return DecodeStep(extension, decoder, kv)
+
+
+class DecodeStep:
+    """max_tokens: most requests of a step; more go through the ops, whose matrix products are the better ones then."""
+
+    def __init__(self, extension: Any, decoder: Decoder, kv: Sequence[KVPair | None]) -> None:
+        self._extension = extension
+        self._rotary: list[RotaryTable] = []
+        builder = extension.StepBuilder(decoder.dtype, decoder.spec.hidden_size, decoder.spec.rms_norm_eps)
+        for sublayer, pair in zip(decoder.sublayers, kv, strict=True):
+            if isinstance(sublayer, Attention):
+                assert pair is not None
+                self._add_attention(builder, sublayer, pair)
+            else:
+                builder.add_ffn(sublayer.norm, self._linear(sublayer.gate_up), self._linear(sublayer.down))
+        embedding = self._linear(Linear(decoder.embed_tokens))
+        builder.set_ends(embedding, decoder.norm, self._linear(decoder.lm_head))
+        self._step = extension.DecodeStep(builder)
+
+    @property
+    def max_tokens(self) -> int:
+        most: int = self._step.max_tokens()
+        return most
+
+    def logits(
+        self,
+        ids: Tensor,  # [B] int64
+        batch: Batch,  # one new token a request, paged
+    ) -> Tensor:  # [B, V]
+        """Logits of every request's new token, whose key and value are written to the cache. Releases the GIL."""
+        paged = batch.paged
+        assert paged is not None
+        tables = [table.rows(batch.max_position + 1) for table in self._rotary]
+        out: Tensor = self._step.run(
+            ids, batch.positions, paged.slot_mapping, paged.block_tables, paged.context_lens, tables
+        )
+        return out
+
+    def _add_attention(self, builder: Any, sublayer: Attention, pair: KVPair) -> None:
+        if sublayer.rotary not in self._rotary:
+            self._rotary.append(sublayer.rotary)
+        builder.add_attention(
+            norm=sublayer.norm,
+            qkv=self._linear(sublayer.qkv),
+            o=self._linear(sublayer.o),
+            q_norm=sublayer.q_norm,
+            k_norm=sublayer.k_norm,
+            num_heads=sublayer.spec.num_heads,
+            num_kv_heads=sublayer.spec.num_kv_heads,
+            head_dim=sublayer.spec.head_dim,
+            scale=sublayer.scale,
+            window=sublayer.window,
+            rotary=self._rotary.index(sublayer.rotary),
+            k_cache=pair[0],
+            v_cache=pair[1],
+        )
+
+    def _linear(self, linear: Linear) -> Any:
+        weight = linear.weight
+        rows, columns = weight.shape
+        if isinstance(weight, QuantizedWeight):
+            parts = [weight.codes, weight.scales] + ([] if weight.zeros is None else [weight.zeros])
+            bits, group_size = weight.spec.bits, weight.spec.group_size
+        else:
+            parts, bits, group_size = [weight], 0, 0
+        return self._extension.StepLinear(parts, linear.bias, rows, columns, bits, group_size)
