@@ -64,6 +64,7 @@ NO_TORCH = [
     "pruning/plan.py",
     "pruning/names.py",
     "pruning/options.py",
+    "quantization/names.py",
     "plotting.py",
     "engine/request.py",
     "engine/outputs.py",
