@@ -40,7 +40,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "weight_bytes": checkpoint.weight_bytes(),
         "bytes_per_token": checkpoint.bytes_per_token(),
         "kv_bytes_per_token": spec.kv_bytes_per_token(checkpoint.dtype.itemsize),
-        "quantization": quantization_to_json(checkpoint.quantization),
+        "quantization": quantization_to_json(checkpoint.quantization, spec),
         "head_bits": _bits(checkpoint, spec.head_name),
         "sublayers": [
             {

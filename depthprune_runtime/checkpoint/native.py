@@ -227,7 +227,7 @@ class _Writer:
             **index,
         }
         if self._checkpoint.quantization:
-            content["quantization"] = stored.quantization_to_json(self._checkpoint.quantization)
+            content["quantization"] = stored.quantization_to_json(self._checkpoint.quantization, self._checkpoint.spec)
         text = json.dumps(content, separators=(",", ":"))
         return {"format": FORMAT, FORMAT: text, "checksum": _metadata_checksum(text)}
 
@@ -289,7 +289,7 @@ def write_native(
                 index["shards"][name] = header
                 index["weight_map"] |= dict.fromkeys(found, name)
         head = make(path.name)
-        writer.head(head, writer.weights if len(groups) == 1 else [], checksums, index)
+        writer.head(head, groups[0] if len(groups) == 1 else [], checksums, index)
         with shards.publishing(path.parent):
             try:
                 for name, pending in written.items():

@@ -44,8 +44,9 @@ def aligned(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
     return sorted(entries, key=lambda entry: not entry.name.endswith(".codes"))
 
 
-def quantization_to_json(quantization: Mapping[str, QuantSpec]) -> dict[str, dict[str, object]]:
-    return {name: dataclasses.asdict(quant) for name, quant in quantization.items()}
+def quantization_to_json(quantization: Mapping[str, QuantSpec], spec: DecoderSpec) -> dict[str, dict[str, object]]:
+    """In the order of `spec`, in whichever order the weights were quantised."""
+    return {name: dataclasses.asdict(quantization[name]) for name in spec.projections() if name in quantization}
 
 
 def quantization_from_json(data: object, spec: DecoderSpec) -> dict[str, QuantSpec]:

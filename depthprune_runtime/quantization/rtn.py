@@ -2,13 +2,13 @@
 
     w ~ scale (u - zero)        u = clamp(round(w / scale) + zero, 0, L - 1),  L = 2^bits
 
-A grid is a scale and a zero point. The widest one considered is the narrowest that clips no weight of the group:
+A grid is a scale and a zero point. The narrowest that clips no weight of the group is
 
     symmetric    scale = max(n / (L / 2), p / (L / 2 - 1)), where n is the largest magnitude, p the largest of the
                  other sign; negative where n is that of a positive weight, since codes reach further down than up
     asymmetric   scale = (max(w, 0) - min(w, 0)) / (L - 1), zero = round(-min(w, 0) / scale)
 
-At 4 bits narrower ones clip the largest weights, but err less on the others: of `_SHRINK` times that scale, each
+At 4 bits a narrower one clips the largest weights, but errs less on the others: of `_RATIOS` times that scale, each
 rounded to bfloat16 before codes are chosen, the one of the least squared error is taken, each column weighted by its
 importance. The same idea is in llama.cpp's `make_qx_quants` and in AWQ (arXiv 2306.00978, clipping).
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 
-_SHRINK = {8: (1.0,), 4: tuple(1.0 - 0.03 * i for i in range(16))}
+_RATIOS = {8: (1.0,), 4: (1.0, *(1.1 - 0.025 * i for i in range(17)))}  # the first brings back what is on a grid
 _STRIP_ELEMENTS = 1 << 21  # of a weight at a time, for its temporaries
 
 
@@ -65,13 +65,13 @@ def _grouped(weight: Tensor, group_size: int) -> Tensor:  # [N, K] -> [N, groups
 
 
 def _bf16_up(scales: Tensor) -> Tensor:
-    """Rounded to bfloat16 away from zero, so that a grid does not become narrower than it must be."""
+    """Rounded to bfloat16 away from zero, so that a grid which clips nothing does not begin to."""
     rounded = scales.to(torch.bfloat16)
     bits = rounded.view(torch.int16)
     return torch.where(rounded.float().abs() < scales.abs(), bits + 1, bits).view(torch.bfloat16).float()
 
 
-def _widest(groups: Tensor, spec: QuantSpec) -> Tensor:  # [N, groups, G] -> [N, groups]
+def _unclipped(groups: Tensor, spec: QuantSpec) -> Tensor:  # [N, groups, G] -> [N, groups]
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if not spec.symmetric:
         return (high - low) / (spec.levels - 1)
@@ -89,10 +89,10 @@ def _zeros(groups: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _best_grid(groups: Tensor, spec: QuantSpec, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    widest = _widest(groups, spec)
+    unclipped = _unclipped(groups, spec)
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    for shrink in _SHRINK[spec.bits]:
-        scales = _bf16_up(widest * shrink)
+    for ratio in _RATIOS[spec.bits]:
+        scales = _bf16_up(unclipped * ratio)
         zeros = _zeros(groups, scales, spec)
         s, z = scales[..., None], zeros[..., None]
         errors = ((_encode(groups, s, z, spec) - z) * s - groups).square_()

@@ -32,7 +32,7 @@ def steps(weight, spec):
 def test_every_weight_stays_within_half_a_step(spec, rows, columns, seed):
     weight = random_weight(rows, columns, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SHRINK", {8: (1.0,), 4: (1.0,)})  # no clipping
+        patch.setattr(module, "_RATIOS", {8: (1.0,), 4: (1.0,)})  # no clipping
         step = steps(weight, spec)
         error = (rtn(weight, spec).dequantize() - weight).abs()
     assert (error <= 0.5001 * step).all()
@@ -48,7 +48,7 @@ def test_the_search_errs_less(symmetric, monkeypatch):
 
     searched = error(importance)
     assert searched < error(None)
-    monkeypatch.setattr(module, "_SHRINK", {4: (1.0,)})
+    monkeypatch.setattr(module, "_RATIOS", {4: (1.0,)})
     assert searched < error(importance)
 
 
