@@ -29,11 +29,11 @@ def _order(gram: Tensor) -> Tensor:  # [K, K] -> [K] int64
 
 
 def _inverse_factor(gram: Tensor, order: Tensor, damping: float) -> Tensor:  # [K, K] -> [K, K] float32
-    """U of the formula, for the columns in `order`; found in float64 with one matrix of it in memory."""
+    """U of the formula, for the columns in `order`, by way of one matrix in float64."""
     system = linalg.gather_symmetric(gram, order)
     linalg.add_ridge_(system, damping)
     inverse = linalg.inverse_(linalg.cholesky_(system))
-    return linalg.cholesky_(inverse).T.to(torch.float32)
+    return linalg.empty(tuple(gram.shape), torch.float32, gram.device).copy_(linalg.cholesky_(inverse).T)
 
 
 def _round_columns(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:  # [N, K] float32 -> [N, K] uint8
