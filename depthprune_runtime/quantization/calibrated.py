@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.model.sublayers import Attention, Sublayer
 from depthprune_runtime.pruning import linalg, repair
@@ -61,13 +62,23 @@ class Calibrated:
                 gram = _gram(visit.inner(b) for b in range(len(visit.states)))
             else:
                 moments = repair.accumulate(visit, self._mend.weighting)
+                _check_finite(second, moments.gram)
                 weight, gram = repair.solve(moments, weight, None, self._mend.lam), moments.gram
             self._put(second, weight, gram)
         return self._loader.sublayer(visit.index)
 
     def _put(self, name: str, weight: Tensor | QuantizedWeight, gram: Tensor) -> None:
         assert isinstance(weight, Tensor)
+        _check_finite(name, gram)
         self._view.put(name, gptq(weight, gram, self._quants[name], self._damping))
+
+
+def _check_finite(name: str, gram: Tensor) -> None:  # [K, K]
+    if not torch.isfinite(gram.diagonal()).all():
+        raise InputError(
+            f"{name}: expected finite inputs on the calibration text, got infinite or NaN ones; use bf16 or fp32, or "
+            "method rtn"
+        )
 
 
 def _gram(batches: Iterator[Tensor]) -> Tensor:  # [T, K] each -> [K, K]

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.checkpoint.stored import dense, part_entries
+from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning.states import TensorStore
 from depthprune_runtime.pruning.surgery import Piece
 from depthprune_runtime.quantized import QuantizedWeight
@@ -38,7 +40,9 @@ class QuantizedCheckpoint(Checkpoint):
         return self._parent.assets
 
     def put(self, name: str, weight: QuantizedWeight) -> None:
-        """Let weight `name` be `weight` from now on."""
+        """Let weight `name` be `weight` from now on. Raises InputError if it came from weights that are not finite."""
+        if not torch.isfinite(weight.scales).all():
+            raise InputError(f"{self._parent.name}: expected finite weights, got infinite or NaN ones in {name}")
         for entry in part_entries(name, weight.spec, *weight.shape):
             self._store.put(entry.name, getattr(weight, entry.name.rpartition(".")[2]).cpu())
         self._quantized[name] = weight.spec

@@ -145,6 +145,17 @@ def test_what_is_quantised_already_stays_or_is_refused(pico_file, tmp_path):
         quantize(tmp_path / "p", tmp_path / "four", 4, group_size=32)
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("broken", ["self_attn.q_proj", "mlp.down_proj"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, method, broken):
+    model = pico.build_model("llama", num_hidden_layers=1)
+    model.get_submodule(f"model.layers.0.{broken}").weight.data[3, 5] = float("nan")
+    folder = pico.save(model, tmp_path / "m")
+    with pytest.raises(InputError, match="expected finite"):
+        quantize(folder, tmp_path / "q", 4, group_size=32, method=method, **SMALL)
+    assert not (tmp_path / "q").exists()
+
+
 def run(capsys, *args):
     capsys.readouterr()
     try:
