@@ -10,6 +10,7 @@ from depthprune_runtime.cli.common import Parser, add_calibration, add_placement
 
 
 def _quantize(args: argparse.Namespace) -> None:
+    from depthprune_runtime.quantization.names import DEFAULT_GROUPS
     from depthprune_runtime.quantization.quantize import quantize
 
     result = quantize(
@@ -41,8 +42,9 @@ def _quantize(args: argparse.Namespace) -> None:
         print_json({"output": str(result.path), "method": result.method, **sizes, "quantization": quantization})
         return
     kind = "asymmetric" if args.asymmetric else "symmetric"
+    group = args.group or DEFAULT_GROUPS[args.bits]
     print(
-        f"{result.path}: {result.method}, {args.bits} bits in {kind} groups of {args.group}, head {args.lm_head_bits} "
+        f"{result.path}: {result.method}, {args.bits} bits in {kind} groups of {group}, head {args.lm_head_bits} "
         f"bits; weights {result.weight_bytes / 1e6:,.1f} of {result.parent_weight_bytes / 1e6:,.1f} MB, "
         f"{result.bytes_per_token / 1e6:,.1f} of {result.parent_bytes_per_token / 1e6:,.1f} MB read a token"
     )
@@ -55,7 +57,7 @@ def add_quantize(commands: Any, common: Parser) -> None:
     p.add_argument("model", metavar="MODEL", help="dense or pruned: our file, a Hugging Face folder or hub id, or GGUF")
     p.add_argument("-o", "--output", required=True, metavar="FILE", help="the quantised, self-contained file")
     p.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of every projection (default 8)")
-    p.add_argument("--group", type=int, choices=(32, 64, 128), default=128, help="inputs that share a scale (128)")
+    p.add_argument("--group", type=int, choices=(32, 64, 128), help="inputs that share a scale (128; 4 bits: 32)")
     p.add_argument("--asymmetric", action="store_true", help="give every group a zero point, too")
     p.add_argument(
         "--method", choices=QUANT_METHODS, default="auto", help="auto: gptq for 4 bits, rtn (no calibration) for 8"

@@ -20,7 +20,7 @@ from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.pruning.prune import Calibrator, write
 from depthprune_runtime.pruning.walk import Walk
 from depthprune_runtime.quantization.calibrated import Calibrated
-from depthprune_runtime.quantization.names import HEAD_BITS, QUANT_METHODS, QuantMethod
+from depthprune_runtime.quantization.names import DEFAULT_GROUPS, HEAD_BITS, QUANT_METHODS, QuantMethod
 from depthprune_runtime.quantization.rtn import rtn
 from depthprune_runtime.quantization.view import QuantizedCheckpoint
 from depthprune_runtime.quantized import QuantSpec
@@ -78,7 +78,7 @@ def quantize(
     output: str | Path,
     bits: int = 8,
     *,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = True,
     method: QuantMethod = "auto",
     mend: bool = True,
@@ -95,17 +95,17 @@ def quantize(
     """Quantise every projection of `model`, dense or pruned, and write one self-contained file to `output`.
 
     model: our file, a Hugging Face folder or hub id, or a GGUF file; bits: 8 or 4; group_size: inputs that share a
-    scale, 32, 64 or 128; symmetric: no zero points; method: `rtn` (round to nearest), `gptq`, or `auto` (gptq at 4
-    bits); mend: with gptq, solve output projections anew before they are rounded, against the errors before them;
-    lm_head_bits: of the head, which is the embedding where that is tied, always by rtn; 16 leaves it as it is;
-    calibration, samples, seq_len, seed: what gptq sees, as in `prune`; dtype: of what stays dense, default the
-    source's; max_shard_size: as in `prune`. Raises InputError before any long work where that is possible, and leaves
-    no partial file.
+    scale, 32, 64 or 128 (default 128 at 8 bits, 32 at 4); symmetric: no zero points; method: `rtn` (round to nearest),
+    `gptq`, or `auto` (gptq at 4 bits); mend: with gptq, solve output projections anew before they are rounded, against
+    the errors before them; lm_head_bits: of the head, which is the embedding where that is tied, always by rtn; 16
+    leaves it as it is; calibration, samples, seq_len, seed: what gptq sees, as in `prune`; dtype: of what stays dense,
+    default the source's; max_shard_size: as in `prune`. Raises InputError before any long work where that is possible,
+    and leaves no partial file.
     """
     progress = progress or Progress()
     path = Path(output)
     max_shard_size = parse_size(max_shard_size)
-    quant = QuantSpec(bits, group_size, symmetric)
+    quant = QuantSpec(bits, DEFAULT_GROUPS.get(bits, 32) if group_size is None else group_size, symmetric)
     if lm_head_bits not in HEAD_BITS:
         raise InputError(f"lm_head_bits: expected one of {', '.join(map(str, HEAD_BITS))}, got {lm_head_bits!r}")
     chosen = _chosen_method(method, bits)

@@ -167,7 +167,7 @@ def run(capsys, *args):
 
 def test_the_command(pico_file, tmp_path, capsys):
     path = tmp_path / "q.safetensors"
-    command = ["quantize", pico_file, "-o", path, "--bits", 4, "--group", 32, "--samples", 4, "--seq-len", 32]
+    command = ["quantize", pico_file, "-o", path, "--bits", 4, "--samples", 4, "--seq-len", 32]
     status, out, err = run(capsys, *command)
     assert status == 0
     assert "gptq, 4 bits in symmetric groups of 32, head 8 bits" in out
