@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from depthprune_runtime.errors import InputError
     from depthprune_runtime.evaluation.perplexity import perplexity
     from depthprune_runtime.pruning.prune import import_model, prune
+    from depthprune_runtime.quantization.quantize import quantize
 
 __all__ = [
     "AsyncEngine",
@@ -37,6 +38,7 @@ __all__ = [
     "import_model",
     "perplexity",
     "prune",
+    "quantize",
 ]
 
 # Loaded on first use: importing the package for its version must not import torch.
@@ -53,6 +55,7 @@ _HOMES = {
     "import_model": "pruning.prune",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning.prune",
+    "quantize": "quantization.quantize",
 }
 
 

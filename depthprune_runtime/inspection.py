@@ -6,6 +6,7 @@ from typing import Any
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES
+from depthprune_runtime.checkpoint.stored import quantization_to_json
 from depthprune_runtime.spec import AttentionSpec, SublayerSpec
 
 
@@ -19,10 +20,15 @@ def _widths(sublayer: SublayerSpec) -> dict[str, int]:
     return {"intermediate_size": sublayer.intermediate_size}
 
 
+def _bits(checkpoint: Checkpoint, name: str) -> int:
+    """Bits of one element of weight `name`."""
+    quant = checkpoint.quantization.get(name)
+    return 8 * checkpoint.dtype.itemsize if quant is None else quant.bits
+
+
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
-    """JSON description. Bytes count the checkpoint's dtype; parameters with and without embeddings."""
+    """JSON description. Bytes count weights as they are stored; parameters with and without embeddings."""
     spec = checkpoint.spec
-    element_size = checkpoint.dtype.itemsize
     return {
         "name": checkpoint.name,
         "dtype": DTYPE_NAMES[checkpoint.dtype],
@@ -31,8 +37,11 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "provenance": dict(checkpoint.provenance),
         "parameters": spec.num_parameters(),
         "parameters_without_embeddings": spec.num_parameters(embeddings=False),
-        "bytes_per_token": spec.bytes_per_token(element_size),
-        "kv_bytes_per_token": spec.kv_bytes_per_token(element_size),
+        "weight_bytes": checkpoint.weight_bytes(),
+        "bytes_per_token": checkpoint.bytes_per_token(),
+        "kv_bytes_per_token": spec.kv_bytes_per_token(checkpoint.dtype.itemsize),
+        "quantization": quantization_to_json(checkpoint.quantization, spec),
+        "head_bits": _bits(checkpoint, spec.head_name),
         "sublayers": [
             {
                 "index": i,
@@ -40,6 +49,11 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
                 "origin": list(s.origin),
                 "widths": _widths(s),
                 "parameters": spec.sublayer_parameters(i),
+                "bits": {
+                    name.split(".")[2]: _bits(checkpoint, name)
+                    for name in spec.sublayer_shapes(i)
+                    if name.endswith("_proj.weight")
+                },
             }
             for i, s in enumerate(spec.sublayers)
         ],
@@ -72,6 +86,17 @@ def _ranking_lines(plan: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+def _quantization_lines(description: dict[str, Any]) -> list[str]:
+    """How many projections are quantised in which way; nothing for a dense model."""
+    kinds: dict[str, int] = {}
+    for quant in description["quantization"].values():
+        symmetry = "symmetric" if quant["symmetric"] else "asymmetric"
+        kind = f"{quant['bits']} bits in {symmetry} groups of {quant['group_size']}"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    counted = ", ".join(f"{count} projections of {kind}" for kind, count in kinds.items())
+    return [f"quantised   {counted}; head {description['head_bits']} bits"] if kinds else []
+
+
 def _edit_text(edit: dict[str, Any]) -> str:
     if edit["kind"] == "flatten":
         return f"flatten blocks {'+'.join(map(str, edit['blocks']))}"
@@ -94,6 +119,8 @@ def render(description: dict[str, Any]) -> str:
         f"sub-layers  {kinds.count('attention')} attention, {kinds.count('ffn')} FFN",
         f"parameters  {description['parameters']:,} "
         f"({description['parameters_without_embeddings']:,} without embeddings)",
+        f"weights     {description['weight_bytes']:,} bytes",
+        *_quantization_lines(description),
         f"per token   {description['bytes_per_token']:,} weight bytes read, "
         f"{description['kv_bytes_per_token']:,} KV cache bytes written",
     ]
@@ -113,5 +140,7 @@ def render(description: dict[str, Any]) -> str:
     for s in description["sublayers"]:
         origin = "+".join(map(str, s["origin"]))
         widths = ", ".join(f"{k} {v}" for k, v in s["widths"].items())
-        lines.append(f"{s['index']:>4}  {s['kind']:<10} {origin:<10} {s['parameters']:>12,}  {widths}")
+        bits = ", ".join(f"{name} {bits} bits" for name, bits in s["bits"].items())
+        shown = f"{widths}; {bits}" if description["quantization"] else widths
+        lines.append(f"{s['index']:>4}  {s['kind']:<10} {origin:<10} {s['parameters']:>12,}  {shown}")
     return "\n".join(lines)

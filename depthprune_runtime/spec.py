@@ -249,6 +249,17 @@ class DecoderSpec:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
 
+    @property
+    def head_name(self) -> str:
+        """The tensor that turns hidden states into logits."""
+        return "embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+
+    def projections(self) -> dict[str, Shape]:
+        """The matrices that a token's hidden state is multiplied by, the head last, name -> [out, in]."""
+        shapes = self.tensor_shapes()
+        inner = {name: shape for name, shape in shapes.items() if name.endswith("_proj.weight")}
+        return {**inner, self.head_name: shapes[self.head_name]}
+
     def num_parameters(self, embeddings: bool = True) -> int:
         """All parameters; `embeddings=False` leaves out embed_tokens and lm_head."""
         return sum(

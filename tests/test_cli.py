@@ -59,7 +59,7 @@ def test_inspect(pruned, capsys):
     report = json.loads(out)
     assert status == 0
     assert {"spec", "plan", "provenance", "parameters", "bytes_per_token", "sublayers"} <= set(report)
-    assert [set(s) for s in report["sublayers"]] == [{"index", "kind", "origin", "widths", "parameters"}] * 8
+    assert [set(s) for s in report["sublayers"]] == [{"index", "kind", "origin", "widths", "parameters", "bits"}] * 8
     assert report["sublayers"][0]["widths"] == {"num_heads": 9, "num_kv_heads": 3, "head_dim": 16}
     gone = {e["sublayer"] // 2 for e in report["plan"]["edits"]}
     expected = "".join("." if b in gone else "#" for b in range(6))

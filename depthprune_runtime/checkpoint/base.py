@@ -6,13 +6,15 @@ import abc
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from depthprune_runtime.checkpoint.container import DTYPE_NAMES, checksum
-from depthprune_runtime.quantized import QuantizedWeight
+from depthprune_runtime.checkpoint.container import DTYPE_NAMES, TensorEntry, checksum
+from depthprune_runtime.checkpoint.stored import weight_entries
+from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import DecoderSpec
 
 # Files carried inside a checkpoint, so that it moves alone.
@@ -25,9 +27,10 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 class Checkpoint(abc.ABC):
     """A model: spec, tensors read one by one, and the files around them.
 
-    name: for messages; dtype: of all weight tensors; assets: file name -> contents (tokenizer, generation
-    config); provenance: JSON object that says where the weights come from (source, format, family, blocks of
-    the dense model); plan: JSON of the `PrunePlan` that made it, None for a dense model.
+    name: for messages; dtype: of all tensors that are not quantised; assets: file name -> contents (tokenizer,
+    generation config); provenance: JSON object that says where the weights come from (source, format, family, blocks of
+    the dense model); plan: JSON of the `PrunePlan` that made it, None for a dense model; quantization: weight name ->
+    how it is quantised, for those that are.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Checkpoint(abc.ABC):
     dtype: torch.dtype
     provenance: Mapping[str, Any]
     plan: Mapping[str, Any] | None = None
+    quantization: Mapping[str, QuantSpec] = MappingProxyType({})
 
     @property
     @abc.abstractmethod
@@ -43,11 +47,25 @@ class Checkpoint(abc.ABC):
 
     @abc.abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """Packed tensor `name` (see `DecoderSpec.tensor_shapes`) on the CPU in `dtype`, mapped if possible."""
+        """Packed tensor `name` (see `DecoderSpec.tensor_shapes`) on the CPU in `dtype`, mapped if possible; what its
+        codes stand for if it is quantised."""
 
     def weight(self, name: str) -> Tensor | QuantizedWeight:
         """Weight `name` as it is stored: what `tensor` gives, or quantised."""
         return self.tensor(name)
+
+    def entries(self) -> dict[str, list[TensorEntry]]:
+        """Weight name -> the tensors that it is stored as: one, or the parts of a quantised weight."""
+        return weight_entries(self.spec, self.dtype, self.quantization)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as they are stored."""
+        return sum(entry.nbytes for entries in self.entries().values() for entry in entries)
+
+    def bytes_per_token(self) -> int:
+        """Weight bytes that one decode step at batch 1 reads: `DecoderSpec.bytes_per_token`, quantised."""
+        skipped = () if self.spec.tie_word_embeddings else ("embed_tokens.weight",)
+        return sum(e.nbytes for name, entries in self.entries().items() if name not in skipped for e in entries)
 
     def checksums(self, on_tensor: Callable[[str], None] = lambda _: None) -> dict[str, str]:
         """Checksum of every weight tensor; reads them all unless the format stores them."""

@@ -1,6 +1,7 @@
 """Our own file: packed tensors, spec, plan, provenance, tokenizer and generation config in one.
 
-Large models are cut: the same file without its weights, then called the head, and shards beside it (`shards`).
+Quantised weights are stored as their parts (`stored`); the JSON says which weights those are. Large models are cut:
+the same file without its weights, then called the head, and shards beside it (`shards`).
 
 `__metadata__` holds three strings: `format` = "depthprune", `depthprune` = the JSON below, `checksum` =
 XXH3-128 of that JSON. Beside a config.json a stock Hugging Face loader would take such a file, find none
@@ -20,7 +21,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from depthprune_runtime.checkpoint import shards
+from depthprune_runtime.checkpoint import shards, stored
 from depthprune_runtime.checkpoint.base import Checkpoint
 from depthprune_runtime.checkpoint.container import (
     DTYPE_NAMES,
@@ -34,6 +35,7 @@ from depthprune_runtime.checkpoint.container import (
     write_entries,
 )
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import DecoderSpec
 
 FORMAT = "depthprune"
@@ -42,6 +44,7 @@ _ASSET_PREFIX = "assets."
 _GUARD_NAME = "model.norm.weight"
 _GUARD_TEXT = b"a depthprune checkpoint: load it with depthprune_runtime.Runtime.load"
 _KEYS = {"format_version", "dtype", "spec", "plan", "provenance", "checksums"}
+_OPTIONAL_KEYS = {"quantization"}  # weight name -> fields of its QuantSpec; left out where nothing is quantised
 _INDEX_KEYS = {"shards", "weight_map"}  # of a head: shard -> checksum of its header, tensor -> shard
 
 
@@ -62,6 +65,7 @@ class NativeCheckpoint(Checkpoint):
         content = self._content(header)
         try:
             self.spec = DecoderSpec.from_json(content["spec"])
+            self.quantization = stored.quantization_from_json(content.get("quantization", {}), self.spec)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         self.dtype = DTYPES[content["dtype"]]
@@ -102,7 +106,7 @@ class NativeCheckpoint(Checkpoint):
             raise InputError(
                 f"{self.path}: expected format version {FORMAT_VERSION}, got {version!r}; use the matching release"
             )
-        if set(content) not in (_KEYS, _KEYS | _INDEX_KEYS):
+        if set(content) - _OPTIONAL_KEYS not in (_KEYS, _KEYS | _INDEX_KEYS):
             raise InputError(f"{self.path}: expected keys {sorted(_KEYS)}, got {sorted(content)}")
         return dict(content)
 
@@ -117,24 +121,24 @@ class NativeCheckpoint(Checkpoint):
         return {name: read_header(self.path.with_name(name), expected) for name, expected in listed.items()}
 
     def _check_tensors(self, headers: Mapping[str, Mapping[str, Any]]) -> None:
-        """The headers' names, dtypes and shapes against the spec's."""
-        shapes = self.spec.tensor_shapes()
+        """The headers' names, dtypes and shapes against those that spec and quantisation ask for."""
+        wanted = {weight.name: weight for group in self.entries().values() for weight in group}
         entries: dict[str, Any] = {}
         for file, header in headers.items():
             found = {k: v for k, v in header.items() if k != "__metadata__"}
             entries |= found
-            expected = {n for n in self._checksums if self._weight_map.get(n, self.path.name) == file}
-            if set(found) != (expected if file == self.path.name else expected | {_GUARD_NAME}):
+            listed = {n for n in self._checksums if self._weight_map.get(n, self.path.name) == file}
+            if set(found) != (listed if file == self.path.name else listed | {_GUARD_NAME}):
                 raise InputError(
                     f"{self.path.with_name(file)}: damaged: its tensors are not those that its description lists"
                 )
-        if not set(shapes) <= set(entries):
+        if not set(wanted) <= set(entries):
             raise InputError(f"{self.path}: damaged: its tensors are not those that its description lists")
-        for name, shape in shapes.items():
-            entry = entries[name]
-            if tuple(entry["shape"]) != shape or entry["dtype"] != DTYPE_NAMES[self.dtype]:
+        for expected in wanted.values():
+            entry, dtype = entries[expected.name], DTYPE_NAMES[expected.dtype]
+            if tuple(entry["shape"]) != expected.shape or entry["dtype"] != dtype:
                 raise InputError(
-                    f"{self.path}: damaged: {name}: expected {DTYPE_NAMES[self.dtype]} {list(shape)}, "
+                    f"{self.path}: damaged: {expected.name}: expected {dtype} {list(expected.shape)}, "
                     f"got {entry['dtype']} {entry['shape']}"
                 )
 
@@ -151,14 +155,34 @@ class NativeCheckpoint(Checkpoint):
 
     @property
     def assets(self) -> Mapping[str, bytes]:
-        return {n.removeprefix(_ASSET_PREFIX): self.tensor(n).numpy().tobytes() for n in self._asset_names}
+        return {n.removeprefix(_ASSET_PREFIX): self._stored(n).numpy().tobytes() for n in self._asset_names}
 
-    def tensor(self, name: str) -> Tensor:
+    def _stored(self, name: str) -> Tensor:
         tensor: Tensor = self._files[self._weight_map.get(name, self.path.name)].get_tensor(name)
         return tensor
 
+    def weight(self, name: str) -> Tensor | QuantizedWeight:
+        quant = self.quantization.get(name)
+        if quant is None:
+            return self.tensor(name)
+        rows, columns = self.spec.projections()[name]
+        parts = {part: self._stored(f"{name}.{part}") for part in quant.shapes(rows, columns)}
+        return QuantizedWeight(quant, rows, columns, **parts)
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.quantization:
+            return self._stored(name)
+        weight = self.weight(name)
+        assert isinstance(weight, QuantizedWeight)
+        return stored.dense(weight, self.dtype)
+
     def checksums(self, on_tensor: Callable[[str], None] = lambda _: None) -> dict[str, str]:
-        return {name: self._checksums[name] for name in self.spec.tensor_shapes()}
+        """Those of quantised weights are computed, since they count what the codes stand for."""
+        found = {}
+        for name in self.spec.tensor_shapes():
+            found[name] = checksum(self.tensor(name)) if name in self.quantization else self._checksums[name]
+            on_tensor(name)
+        return found
 
 
 class _Writer:
@@ -175,10 +199,18 @@ class _Writer:
         }
         self._extra[_GUARD_NAME] = torch.frombuffer(bytearray(_GUARD_TEXT), dtype=torch.uint8)[None]
         self._extra_entries = [TensorEntry(n, t.dtype, tuple(t.shape)) for n, t in self._extra.items()]
-        self.weights = [TensorEntry(n, checkpoint.dtype, s) for n, s in checkpoint.spec.tensor_shapes().items()]
+        groups = checkpoint.entries()
+        self.weights = [entry for group in groups.values() for entry in group]
+        self._weight_of = {entry.name: name for name, group in groups.items() for entry in group}
 
     def _tensor(self, name: str) -> Tensor:
-        return self._extra[name] if name in self._extra else self._checkpoint.tensor(name)
+        if name in self._extra:
+            return self._extra[name]
+        whole = self._weight_of[name]
+        if whole == name:
+            return self._checkpoint.tensor(name)
+        part: Tensor = getattr(self._checkpoint.weight(whole), name.rpartition(".")[2])
+        return part
 
     def _done(self, entry: TensorEntry) -> None:
         if entry.name != _GUARD_NAME:  # its number depends on that of the files
@@ -194,6 +226,8 @@ class _Writer:
             "checksums": dict(checksums),
             **index,
         }
+        if self._checkpoint.quantization:
+            content["quantization"] = stored.quantization_to_json(self._checkpoint.quantization, self._checkpoint.spec)
         text = json.dumps(content, separators=(",", ":"))
         return {"format": FORMAT, FORMAT: text, "checksum": _metadata_checksum(text)}
 
@@ -234,11 +268,11 @@ def write_native(
 
     Nothing has a name before all of it is written; the head takes its name last, so that whoever stops the
     process at any moment finds at `path` what was there before, or the whole new checkpoint. on_tensor: called
-    after each weight and asset.
+    after each tensor of `Checkpoint.entries` and each asset.
     """
     limit = shards.parse_size(max_shard_size)
     writer = _Writer(path, checkpoint, on_tensor)
-    groups = shards.split(writer.weights, limit)
+    groups = [stored.aligned(group) for group in shards.split(writer.weights, limit)]
     check_destination(path, sum(e.nbytes for e in writer.weights))
     with atomic_files(path) as make:
         written: dict[str, PendingFile] = {}
@@ -255,7 +289,7 @@ def write_native(
                 index["shards"][name] = header
                 index["weight_map"] |= dict.fromkeys(found, name)
         head = make(path.name)
-        writer.head(head, writer.weights if len(groups) == 1 else [], checksums, index)
+        writer.head(head, groups[0] if len(groups) == 1 else [], checksums, index)
         with shards.publishing(path.parent):
             try:
                 for name, pending in written.items():

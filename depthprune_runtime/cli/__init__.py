@@ -14,6 +14,7 @@ from typing import NoReturn
 from depthprune_runtime import __version__
 from depthprune_runtime.cli.common import Parser
 from depthprune_runtime.cli.prune import add_import, add_prune
+from depthprune_runtime.cli.quantize import add_quantize
 from depthprune_runtime.cli.use import add_evaluate, add_generate, add_inspect, add_perplexity
 from depthprune_runtime.errors import InputError
 
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"depthprune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     add_prune(commands, common)
+    add_quantize(commands, common)
     add_import(commands, common)
     add_inspect(commands, common)
     add_generate(commands, common)

@@ -30,6 +30,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="weights above this go to several files, such as FILE-00001-of-00002-*, that move with FILE (default 5GB)",
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser, suits: str) -> None:
+    parser.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="TEXT",
+        help="UTF-8 file, or builtin (English that Python carries; default) or wikitext2",
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help=f"calibration windows (default: {suits})")
+    parser.add_argument("--seq-len", type=int, metavar="S", help=f"tokens in each (default: {suits})")
+    parser.add_argument("--seed", type=int, default=0, help="which windows are drawn (default 0)")
+
+
 def add_placement(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help=f"bf16, fp16 or fp32 {what} (default: the source's)")

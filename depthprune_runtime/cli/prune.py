@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.cli.common import Parser, add_placement, print_json, progress
+from depthprune_runtime.cli.common import Parser, add_calibration, add_placement, add_shards, print_json, progress
 from depthprune_runtime.errors import InputError
 
 # Options of single methods: command-line name -> field of the method's options.
@@ -171,31 +171,14 @@ def add_prune(commands: Any, common: Parser) -> None:
     size.add_argument(
         "--sparsity", type=float, metavar="R", help="least share of parameters to remove, embeddings included"
     )
-    p.add_argument(
-        "--calibration",
-        default="builtin",
-        metavar="TEXT",
-        help="UTF-8 file, or builtin (English that Python carries; default) or wikitext2",
-    )
-    p.add_argument("--samples", type=int, metavar="N", help="calibration windows (default: what suits the method)")
-    p.add_argument("--seq-len", type=int, metavar="S", help="tokens in each (default: what suits the method)")
-    p.add_argument("--seed", type=int, default=0, help="which windows are drawn (default 0)")
+    add_calibration(p, "what suits the method")
     p.add_argument(
         "--repair", choices=REPAIRS, default="ridge", help="closed-form repair of what stays (default ridge)"
     )
     add_placement(p, "of the output")
-    _add_shards(p)
+    add_shards(p)
     _add_method_options(p)
     p.set_defaults(run=_prune)
-
-
-def _add_shards(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="weights above this go to several files, such as FILE-00001-of-00002-*, that move with FILE (default 5GB)",
-    )
 
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
@@ -232,5 +215,5 @@ def add_import(commands: Any, common: Parser) -> None:
     p.add_argument("model", metavar="MODEL")
     p.add_argument("-o", "--output", required=True, metavar="FILE")
     p.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: the source's)")
-    _add_shards(p)
+    add_shards(p)
     p.set_defaults(run=_import)

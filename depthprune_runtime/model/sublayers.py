@@ -50,6 +50,10 @@ class Attention:
     def output_weight(self) -> Tensor:  # [C, H D]
         return self.o.dense()
 
+    @property
+    def output_bias(self) -> Tensor | None:  # [C]
+        return self.o.bias
+
     def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, H D]
         spec = self.spec
         qkv = self.qkv(hidden)
@@ -89,6 +93,10 @@ class FFN:
     @property
     def output_weight(self) -> Tensor:  # [C, F]
         return self.down.dense()
+
+    @property
+    def output_bias(self) -> Tensor | None:  # [C]
+        return self.down.bias
 
     def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, F]
         return ops.silu_mul(self.gate_up(hidden))

@@ -142,7 +142,7 @@ class Calibrator:
 
 def write(checkpoint: Checkpoint, output: Path, progress: Progress, max_shard_size: int | str) -> None:
     """Write `checkpoint` with a bar."""
-    total = len(checkpoint.spec.tensor_shapes()) + len(checkpoint.assets)
+    total = sum(map(len, checkpoint.entries().values())) + len(checkpoint.assets)
     with progress.stage(f"write {output.name}", total) as advance:
         write_native(output, checkpoint, lambda _: advance(), max_shard_size)
 

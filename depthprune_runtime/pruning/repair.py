@@ -3,8 +3,8 @@
     W = W0 + argmin_D  sum_t w_t |z_t (W0 + D)' - r_t|^2 + lam mean(diag G) |D|^2
 
 z_t: inner activations of the student's sub-layer (heads' outputs, or psi); r_t: the teacher's hidden state at
-the same point minus the student's residual stream before this sub-layer; w_t: weight of the token. Only
-G = sum w z'z and B = sum w z'r are needed, accumulated in one pass. No gradients.
+the same point minus the student's residual stream before this sub-layer and the projection's bias; w_t: weight of the
+token. Only G = sum w z'z and B = sum w z'r are needed, accumulated in one pass. No gradients.
 
 Token weights `rms` are 1 / mean(target_t^2): the next norm divides by that size, so an error counts relative to
 it. Without them a few tokens with massive activations decide the solution.
@@ -40,10 +40,11 @@ def accumulate(visit: Visit, weighting: Weighting) -> Moments:
     """One pass over the tokens that enter `visit`'s sub-layer."""
     moments: Moments | None = None
     tokens = 0
+    bias = visit.sublayer.output_bias
     for b in range(len(visit.states)):
         states, target = visit.states.batch(b), visit.target.batch(b)
         inner = visit.inner(b)
-        residual = target - states
+        residual = target - states if bias is None else target - states - bias
         weights = token_weights(target, weighting)
         if moments is None:
             width, hidden = inner.shape[1], residual.shape[1]

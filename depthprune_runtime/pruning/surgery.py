@@ -16,6 +16,7 @@ from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning import merging
 from depthprune_runtime.pruning.plan import PrunePlan
+from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, SublayerSpec
 
 _STRIP_ROWS_BYTES = 32 * 1024 * 1024  # of a float64 strip of input columns while gains are folded
@@ -89,7 +90,8 @@ class _InputColumns(Checkpoint):
 
 
 class PrunedCheckpoint(Checkpoint):
-    """What `plan` leaves of `parent`, as a checkpoint of its own.
+    """What `plan` leaves of `parent`, as a checkpoint of its own. Weights that it leaves alone stay as they are stored;
+    those merged, narrowed or solved anew are dense.
 
     replaced: output projections (and their biases) that a repair solved anew, by student tensor name.
     """
@@ -108,20 +110,37 @@ class PrunedCheckpoint(Checkpoint):
         self.provenance = parent.provenance
         self._parent = parent
         self._replaced = dict(replaced or {})
+        sources = ((name, self._source(name)) for name in self.spec.projections())
+        quantized = parent.quantization
+        self.quantization = {name: quantized[s] for name, s in sources if s is not None and s in quantized}
 
     @property
     def assets(self) -> Mapping[str, bytes]:
         return self._parent.assets
 
-    def tensor(self, name: str) -> Tensor:
+    def _source(self, name: str) -> str | None:
+        """The parent's tensor that `name` is, unchanged."""
         if name in self._replaced:
-            return self._replaced[name].to(self.dtype)
+            return None
         if not name.startswith("sublayers."):
-            return self._parent.tensor(name)
+            return name
         _, index, short = name.split(".", 2)
         piece = self.pieces[int(index)]
-        if len(piece.sources) == 1 and piece.keep is None:
-            return self._parent.tensor(f"sublayers.{piece.sources[0]}.{short}")
+        whole = len(piece.sources) == 1 and piece.keep is None
+        return f"sublayers.{piece.sources[0]}.{short}" if whole else None
+
+    def weight(self, name: str) -> Tensor | QuantizedWeight:
+        source = self._source(name)
+        return self.tensor(name) if source is None else self._parent.weight(source)
+
+    def tensor(self, name: str) -> Tensor:
+        source = self._source(name)
+        if source is not None:
+            return self._parent.tensor(source)
+        if name in self._replaced:
+            return self._replaced[name].to(self.dtype)
+        _, index, short = name.split(".", 2)
+        piece = self.pieces[int(index)]
         if short in ("qkv_proj.weight", "gate_up_proj.weight"):
             return self._input_projection(name, piece, short)
         return merging.merged_tensor(self._parent, piece.sources, piece.keep, short).to(self.dtype)

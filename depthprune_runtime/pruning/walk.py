@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +29,17 @@ from depthprune_runtime.model.sublayers import Sublayer
 from depthprune_runtime.pruning import states as token_states
 from depthprune_runtime.pruning.names import Answers
 from depthprune_runtime.pruning.states import TokenStates
-from depthprune_runtime.pruning.surgery import Piece, PrunedCheckpoint
+from depthprune_runtime.pruning.surgery import Piece
+from depthprune_runtime.spec import DecoderSpec
+
+
+class Student(Protocol):
+    """A checkpoint whose sub-layer j is made of the teacher's sub-layers `pieces[j].sources`."""
+
+    spec: DecoderSpec
+    pieces: tuple[Piece, ...]
+
+    def tensor(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,10 @@ class Visit:
     target: TokenStates
     walk: Walk
 
+    def hidden(self, batch: int) -> Tensor:  # [n * S, C]
+        """What one batch's input projection sees: the normalised states."""
+        return self.walk.hidden(self.sublayer, self.states.batch(batch))
+
     def inner(self, batch: int) -> Tensor:  # [n * S, units * width]
         """Inner activations of one batch in the student: the heads' outputs, or psi."""
         return self.walk.inner(self.sublayer, self.states.batch(batch))
@@ -108,13 +123,13 @@ class Walk:
 
     student: the wide student (merged but not narrowed); dtype: of the sub-layers' arithmetic; answers_for: see
     `segments`; skip_equal: run the stretch before the first edit once, for teacher and student alike, and visit
-    nothing there (a repair would find nothing to mend).
+    nothing there (a repair would find nothing to mend); what is quantised differs from the first sub-layer on.
     """
 
     def __init__(
         self,
         teacher: Checkpoint,
-        student: PrunedCheckpoint,
+        student: Student,
         windows: Tensor,
         device: torch.device,
         dtype: torch.dtype,
@@ -148,13 +163,21 @@ class Walk:
         limit = token_states.MEMORY_LIMIT // self._buffers
         return TokenStates(*self._shape, self._device, self._batch_tokens, limit=limit)
 
+    def hidden(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] float32 -> [n * S, C]
+        return ops.rms_norm(states, sublayer.norm.float(), self._eps).to(self._dtype)
+
     def inner(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] float32 -> [n * S, width]
-        hidden = ops.rms_norm(states, sublayer.norm.float(), self._eps).to(self._dtype)
+        hidden = self.hidden(sublayer, states)
         batch = packed([self._shape[1]] * (states.shape[0] // self._shape[1]), self._device)
         return sublayer.inner(hidden, batch)
 
     def _run(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] -> [n * S, C] float32
         return sublayer.project(self.inner(sublayer, states)).float()
+
+    def _embed(self, loader: SublayerLoader, states: TokenStates) -> None:
+        table = loader.tensor("embed_tokens.weight")
+        for n, window in enumerate(self._windows):
+            states.values[n] = embedding(window.to(self._device), table).float()
 
     def _advance_teacher(self, segment: Segment, teacher: TokenStates, targets: Sequence[TokenStates]) -> None:
         """Run the segment's teacher sub-layers; targets[k] = start + outputs answered for after piece k."""
@@ -173,14 +196,11 @@ class Walk:
     def run(self, visitor: Visitor, advance: Callable[[], None] = lambda: None) -> None:
         """Walk to the end."""
         teacher, student = self._states(), self._states()
-        table = self._teacher.tensor("embed_tokens.weight")
-        for n, window in enumerate(self._windows):
-            teacher.values[n] = embedding(window.to(self._device), table).float()
-        del table
+        self._embed(self._teacher, teacher)
         extra = [self._states() for _ in range(self._buffers - 2)]
         equal = self._skip_equal
         if not equal:
-            student.copy_from(teacher)
+            self._embed(self._student, student)  # its table may differ: a tied one is quantised with the head
         for segment in self._segments:
             if equal and not segment.untouched(self._pieces):
                 student.copy_from(teacher)

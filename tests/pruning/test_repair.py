@@ -150,6 +150,21 @@ def test_targets_and_states_are_the_residual_streams(pico_file, pico_llama):
     assert max(gaps) < 1e-5
 
 
+def test_a_bias_is_not_solved_for_twice(tmp_path):
+    """Where the student is the teacher there is nothing to mend, with a bias of the output projection, too."""
+    model = pico.build_model("llama", num_hidden_layers=1, attention_bias=True)
+    seen = []
+
+    def visit(v):
+        seen.append(v.sublayer.output_bias is not None)
+        solved = solve(accumulate(v, "none"), v.sublayer.output_weight, None, 0.05)
+        torch.testing.assert_close(solved.float(), v.sublayer.output_weight, atol=1e-4, rtol=1e-4)
+        return v.sublayer
+
+    walk(pico.save(model, tmp_path), (), visit, skip_equal=False)
+    assert seen == [True, False]
+
+
 def test_the_stretch_before_the_first_edit_is_not_visited(pico_file):
     every, some = [], []
 

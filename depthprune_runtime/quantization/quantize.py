@@ -1,0 +1,160 @@
+"""`quantize`: a dense or pruned model in, one file of 8 or 4 bits a weight out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
+from depthprune_runtime.checkpoint.container import check_destination
+from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.placement import resolve_device, resolve_dtype
+from depthprune_runtime.progress import Progress
+from depthprune_runtime.pruning.calibration import CalibrationSet
+from depthprune_runtime.pruning.options import RepairOptions
+from depthprune_runtime.pruning.prune import Calibrator, write
+from depthprune_runtime.pruning.walk import Walk
+from depthprune_runtime.quantization.calibrated import Calibrated
+from depthprune_runtime.quantization.names import DEFAULT_GROUPS, HEAD_BITS, QUANT_METHODS, QuantMethod
+from depthprune_runtime.quantization.rtn import rtn
+from depthprune_runtime.quantization.view import QuantizedCheckpoint
+from depthprune_runtime.quantized import QuantSpec
+from depthprune_runtime.spec import DecoderSpec
+
+_WINDOWS = (128, 512)  # of the calibration: (samples, seq_len)
+_MEND = RepairOptions()
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What `quantize` did. weight_bytes: of all weights as they are stored; bytes_per_token: of those that one decode
+    step at batch 1 reads; parent_*: the same of the model it came from."""
+
+    path: Path
+    spec: DecoderSpec
+    method: QuantMethod
+    quantization: Mapping[str, QuantSpec]
+    weight_bytes: int
+    parent_weight_bytes: int
+    bytes_per_token: int
+    parent_bytes_per_token: int
+
+
+def requested(parent: Checkpoint, quant: QuantSpec, head_bits: int) -> dict[str, QuantSpec]:
+    """Name -> how it is to be quantised, of every projection of `parent` that is not so yet.
+
+    Raises InputError for one that is quantised in another way: rounding twice would cost accuracy unseen.
+    """
+    head = parent.spec.head_name
+    wanted = dict.fromkeys(parent.spec.projections(), quant)
+    if head_bits == 16:
+        del wanted[head]
+    else:
+        wanted[head] = QuantSpec(head_bits, quant.group_size, quant.symmetric)
+    for name, found in parent.quantization.items():
+        if wanted.pop(name, None) != found:
+            raise InputError(
+                f"{parent.name}: expected weights that are dense or quantised in the same way, got {name} of "
+                f"{found.bits} bits in groups of {found.group_size}; quantise its dense parent"
+            )
+    return wanted
+
+
+def _chosen_method(method: QuantMethod, bits: int) -> QuantMethod:
+    if method not in QUANT_METHODS:
+        raise InputError(f"method: expected one of {', '.join(QUANT_METHODS)}, got {method!r}")
+    if method == "auto":
+        return "gptq" if bits == 4 else "rtn"
+    return method
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    bits: int = 8,
+    *,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    method: QuantMethod = "auto",
+    mend: bool = True,
+    lm_head_bits: int = 8,
+    calibration: str = "builtin",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Quantise every projection of `model`, dense or pruned, and write one self-contained file to `output`.
+
+    model: our file, a Hugging Face folder or hub id, or a GGUF file; bits: 8 or 4; group_size: inputs that share a
+    scale, 32, 64 or 128 (default 128 at 8 bits, 32 at 4); symmetric: no zero points; method: `rtn` (round to nearest),
+    `gptq`, or `auto` (gptq at 4 bits); mend: with gptq, solve output projections anew before they are rounded, against
+    the errors before them; lm_head_bits: of the head, which is the embedding where that is tied, always by rtn; 16
+    leaves it as it is; calibration, samples, seq_len, seed: what gptq sees, as in `prune`; dtype: of what stays dense,
+    default the source's; max_shard_size: as in `prune`. Raises InputError before any long work where that is possible,
+    and leaves no partial file.
+    """
+    progress = progress or Progress()
+    path = Path(output)
+    max_shard_size = parse_size(max_shard_size)
+    quant = QuantSpec(bits, DEFAULT_GROUPS.get(bits, 32) if group_size is None else group_size, symmetric)
+    if lm_head_bits not in HEAD_BITS:
+        raise InputError(f"lm_head_bits: expected one of {', '.join(map(str, HEAD_BITS))}, got {lm_head_bits!r}")
+    chosen = _chosen_method(method, bits)
+    target = resolve_device(device)
+    parent = open_checkpoint(model, resolve_dtype(dtype))
+    wanted = requested(parent, quant, lm_head_bits)
+    check_destination(path)
+    data = None
+    if chosen == "gptq":
+        data = Calibrator(parent, calibration, samples, seq_len, seed).windows(*_WINDOWS, at_most=True)
+    with torch.inference_mode():
+        view = quantized_view(parent, wanted, data, _MEND if mend else None, target, progress)
+    write(view, path, progress, max_shard_size)
+    return QuantizeResult(
+        path,
+        view.spec,
+        chosen,
+        dict(view.quantization),
+        view.weight_bytes(),
+        parent.weight_bytes(),
+        view.bytes_per_token(),
+        parent.bytes_per_token(),
+    )
+
+
+def quantized_view(
+    parent: Checkpoint,
+    wanted: Mapping[str, QuantSpec],
+    data: CalibrationSet | None,
+    mend: RepairOptions | None,
+    device: torch.device,
+    progress: Progress,
+) -> QuantizedCheckpoint:
+    """`parent` with the projections `wanted` quantised: by GPTQ on `data`, or by rtn (None), as the head always is."""
+    settings = {
+        "method": "rtn" if data is None else "gptq",
+        "calibration": None if data is None else data.description,
+        "mend": None if data is None or mend is None else asdict(mend),
+    }
+    view = QuantizedCheckpoint(parent, settings)
+    rounded = [name for name in wanted if data is None or name == parent.spec.head_name]
+    with progress.stage("round", len(rounded)) as advance:
+        for name in rounded:
+            weight = parent.weight(name)
+            assert isinstance(weight, Tensor)
+            view.put(name, rtn(weight.to(device), wanted[name]))
+            advance()
+    if data is not None:
+        walk = Walk(parent, view, data.windows, device, parent.dtype, skip_equal=False)
+        with progress.stage("gptq", walk.steps) as advance:
+            walk.run(Calibrated(view, wanted, mend, device).visit, advance)
+    return view
