@@ -34,7 +34,7 @@ class Ratios:
     def of(self, one: Measured, what: str, group: Sequence[Measured]) -> tuple[str, str]:
         """(ratio, name of the best peer), empty without a peer."""
         best = self._best.get(what)
-        if best is None:
+        if best is None or what == "rss_baseline_mb":
             return "", ""
         values = one.samples[what]
         if best in group:
@@ -98,7 +98,7 @@ def rows_of(
                     "limit": limit,
                     "ratio_to_best_peer": ratio,
                     "best_peer": best,
-                    "same_tokens": f"{same}/{len(one.check)}",
+                    "same_tokens": f"{same}/{len(one.check)}" if one.candidate.variant == "dense" else "",
                     "settings": one.settings,
                 }
             )
