@@ -13,6 +13,9 @@ decode: tokens after the first one a second, at `context` tokens of prompt; pref
 first token, whose time is `ttft512`. load_s: from the path to a model ready for requests, files in the page cache.
 rss_mb: resident memory after a generation of 16 tokens at batch 1, `rss_baseline_mb`: before loading the model.
 Models that do not fit in memory together are measured in two groups, `ours` dense in both, which links the ratios.
+
+Rows are appended after each model and precision, so `--models` and `--precisions` resume a run that was stopped. The
+files of all runtimes take about 3 GB for SmolLM2 and 30 GB for the random model; `--discard` keeps that to half.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from peers.measure import CASES, Measured, run_group, skipped, split_groups
 from peers.rows import Ratios, rows_of
 from peers.runtimes import PRECISIONS, RUNTIMES, Candidate, Files, SkippedError
 from peers.weights import MODELS, VARIANTS, Model
+
+MOST_TOKENS = 192  # so that every case fits the contexts that the workers make
 
 
 def candidates(files: Files, precision: str, args: argparse.Namespace) -> list[Candidate]:
@@ -93,12 +98,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peers", type=Path, default=Path(os.environ.get("DEPTHPRUNE_PEERS", ".cache/peers")))
     parser.add_argument("--work", type=Path, default=Path(".cache/bench_cpu"), help="for the models of all runtimes")
+    parser.add_argument("--discard", action="store_true", help="delete the files of a precision once it is measured")
     parser.add_argument("--quick", action="store_true", help="SmolLM2, one round, few tokens; nothing is recorded")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="do not append to benchmarks/results")
     args = parser.parse_args()
     if args.quick:
         args.models, args.rounds, args.tokens, args.no_record = ["smollm2-135m"], 1, args.tokens or 4, True
+    if args.tokens is not None and not 2 <= args.tokens <= MOST_TOKENS:
+        parser.error(f"--tokens: expected 2 to {MOST_TOKENS}")
     if "smollm2-135m" in args.models and args.weights is None:
         parser.error("smollm2-135m needs its GGUF file")
     return args
@@ -113,6 +121,8 @@ def main() -> None:
         for precision in args.precisions:
             found = run_precision(files, model, precision, args)
             rows += found
+            if args.discard:
+                files.discard()
             if found and not args.no_record:  # at once: a run that is stopped keeps what it has
                 append_rows("cpu", found, RESULTS)
             if not args.json:

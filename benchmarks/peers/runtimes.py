@@ -73,6 +73,14 @@ class Files:
             partial.rename(path)
         return path
 
+    def discard(self) -> None:
+        """Delete all but the files from which others are made."""
+        for path in self._folder.iterdir():
+            if path.is_dir() and path.name != "huggingface":
+                shutil.rmtree(path)
+            elif path.is_file() and path.name not in (self.dense.name, "bf16.gguf"):
+                path.unlink()
+
     def python(self, runtime: str) -> str:
         """Interpreter of `runtime`."""
         venv = RUNTIMES[runtime][1]
@@ -113,14 +121,20 @@ class Files:
 
     def _ours(self, variant: str, precision: str) -> Path:
         name = variant.replace(" ", "-").replace("%", "")
-        path = self.dense
-        if variant != "dense":
-            path = self._made(
-                f"{name}-bf16.safetensors", lambda p: weights.write_pruned(self._model, self.dense, variant, p)
-            )
-        if precision == "bf16":
-            return path
-        return self._made(f"{name}-{precision}.safetensors", lambda p: _quantize(path, p, PRECISIONS[precision]))
+
+        def bf16() -> Path:
+            def write(path: Path) -> None:
+                weights.write_pruned(self._model, self.dense, variant, path)
+
+            return self.dense if variant == "dense" else self._made(f"{name}-bf16.safetensors", write)
+
+        def quantized(path: Path) -> None:
+            kept = (self._folder / f"{name}-bf16.safetensors").exists()
+            _quantize(bf16(), path, PRECISIONS[precision])
+            if not kept:
+                bf16().unlink()
+
+        return bf16() if precision == "bf16" else self._made(f"{name}-{precision}.safetensors", quantized)
 
     def _llama_cpp(self, command: list[str], precision: str) -> Path:
         path = self._made("bf16.gguf", lambda p: weights.write_gguf(self.dense, p))
@@ -155,7 +169,7 @@ def _quantize(source: Path, target: Path, bits: int) -> None:
     try:
         from depthprune_runtime import quantize
     except ImportError:
-        raise SkippedError("depthprune_runtime has no quantize() yet") from None
+        raise SkippedError("this depthprune_runtime has no quantize()") from None
     quantize(source, target, bits=bits, group_size=GROUP_SIZE, method="rtn")
 
 
