@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
 
 from peers import weights  # noqa: E402
-from peers.measure import prompts  # noqa: E402
+from peers.measure import Measured, prompts  # noqa: E402
+from peers.rows import Ratios  # noqa: E402
+from peers.runtimes import Candidate  # noqa: E402
 from worker import Stopwatch  # noqa: E402
 
 
@@ -72,3 +74,23 @@ def test_stopwatch_counts_the_tokens_after_the_first_of_every_prompt():
 def test_prompts_are_fixed_and_differ_from_round_to_round():
     assert prompts("decode8", 0, 1000) == prompts("decode8", 0, 1000) != prompts("decode8", 1, 1000)
     assert [len(p) for p in prompts("decode8", 0, 1000)] == [32] * 8
+
+
+def shown(runtime: str, variant: str = "dense", **samples: list[float]) -> Measured:
+    return Measured(Candidate(runtime, variant, Path(), 1, 0), None, "", [], samples)  # type: ignore[arg-type]
+
+
+def test_ratios_pair_the_rounds_and_reach_over_groups():
+    ours = shown("ours", speed=[10.0, 20.0, 10.0], load_s=[1.0])
+    peers = [
+        shown("llama.cpp", speed=[20.0, 40.0, 5.0], load_s=[3.0]),
+        shown("openvino", speed=[5.0] * 3, load_s=[2.0]),
+    ]
+    ratios = Ratios()
+    ratios.see([ours, *peers])
+    assert ratios.of(ours, "speed", [ours, *peers]) == ("0.500", "llama.cpp")
+    assert ratios.of(ours, "load_s", [ours, *peers]) == ("2.000", "openvino")
+    again, pruned = shown("ours", speed=[8.0] * 3), shown("ours", "shortgpt 25%", speed=[12.0] * 3)
+    ratios.see([again, pruned])
+    assert ratios.of(pruned, "speed", [again, pruned]) == ("0.750", "llama.cpp")
+    assert ratios.of(pruned, "other", [again, pruned]) == ("", "")

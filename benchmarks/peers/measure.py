@@ -6,10 +6,9 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peers.processes import Worker, WorkerError
@@ -20,6 +19,7 @@ BATCH = 8
 CASES = {"decode1@32": (1, 32), "decode1@1024": (1, 1024), "decode8": (BATCH, 32), "prefill512": (1, 512)}
 CHECK_PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is"
 CHECK_TOKENS = 16
+SETTLE_SECONDS = 0.1  # thread pools spin for some milliseconds after their last work
 BUFFER_BYTES = 1_100_000_000
 MATMUL = 2048
 
@@ -49,18 +49,19 @@ def split_groups(found: Sequence[Candidate]) -> list[list[Candidate]]:
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     if needed < available:
-        return [list(found)]
+        return [list(found)] if found else []
     dense = [c for c in found if c.variant == "dense"]
-    return [dense, [c for c in found if c.runtime == "ours"]]
+    return [group for group in (dense, [c for c in found if c.runtime == "ours"]) if group]
 
 
 def start(candidate: Candidate, files: Files, precision: str, threads: int, logs: Path) -> Measured:
     """A loaded worker; raises WorkerError."""
     for path in [candidate.path] if candidate.path.is_file() else candidate.path.iterdir():
-        path.read_bytes()  # into the page cache
+        with path.open("rb") as file:  # into the page cache
+            while file.read(1 << 24):
+                pass
     log = logs / f"{candidate.label.replace(' ', '-')}-{precision}.log"
-    environment_ = files.environment(candidate.runtime, threads)
-    worker = Worker(files.command(candidate.runtime), environment_, log)
+    worker = Worker(files.command(candidate.runtime), files.environment(candidate.runtime, threads), log)
     try:
         loaded = worker.ask("load", path=str(candidate.path), threads=threads, context=CONTEXT, batch=BATCH)
         check = worker.ask("run", prompts=[CHECK_PROMPT], tokens=CHECK_TOKENS)["tokens"][0]
@@ -84,10 +85,13 @@ class Machine:
         self.samples: dict[str, list[float]] = {"read_large": [], "read_model": [], "matmul_bf16": []}
 
     def round(self, record: bool) -> None:
-        def seconds(run: Any) -> float:
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
+        def seconds(run: Callable[[], object]) -> float:
+            taken = []
+            for _ in range(3):  # a limit: the best counts
+                begin = time.perf_counter()
+                run()
+                taken.append(time.perf_counter() - begin)
+            return min(taken)
 
         values = {
             "read_large": self._large.nbytes / 1e9 / seconds(self._large.sum),
@@ -108,6 +112,7 @@ def prompts(case: str, number: int, vocab_size: int) -> list[list[int]]:
 def generate(one: Measured, running: Sequence[Measured], case: str, ids: list[list[int]], tokens: int) -> None:
     """One measured generation; also how busy the others were."""
     others = [m for m in running if m is not one]
+    time.sleep(SETTLE_SECONDS)
     before = [m.worker.cpu_seconds() for m in others]
     result = one.worker.ask("run", prompts=ids, tokens=tokens)
     for other, used in zip(others, before, strict=True):
@@ -147,6 +152,7 @@ def run_group(
     group: Sequence[Candidate], files: Files, tokens: int, precision: str, args: argparse.Namespace
 ) -> tuple[list[Measured], Machine]:
     running: list[Measured] = []
+    torch.set_num_threads(args.threads)
     logs = args.work / "logs"
     logs.mkdir(exist_ok=True)
     try:

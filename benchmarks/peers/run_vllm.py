@@ -26,7 +26,7 @@ class Vllm:
             enable_prefix_caching=False,
         )
         self._requests = 0
-        self.settings = f"{threads} threads, compiled, KV cache of 1 GiB"
+        self.settings = f"{threads} threads, Intel OpenMP, compiled, KV cache of 1 GiB"
 
     def run(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         params = vllm.SamplingParams(

@@ -97,12 +97,21 @@ class Files:
     def environment(self, runtime: str, threads: int) -> dict[str, str]:
         """Of a worker: this working tree for ours, no path of ours for those of other environments."""
         kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        ours = {"PYTHONPATH": str(ROOT)} if RUNTIMES[runtime][1] is None else {}
-        return {**kept, **ours, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+        kept |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
+        venv = RUNTIMES[runtime][1]
+        if venv is None:
+            kept["PYTHONPATH"] = str(ROOT)
+        if runtime == "vllm":  # as its installation guide says for CPUs; it comes with this library
+            openmp = (self._peers / str(venv) / "lib" / "libiomp5.so").absolute()
+            if not openmp.exists():
+                raise SkippedError(f"no {openmp}")
+            kept |= {"LD_PRELOAD": str(openmp), "VLLM_CACHE_ROOT": str(self._folder.parent.absolute() / "vllm")}
+        return kept
 
     def candidate(self, runtime: str, variant: str, precision: str) -> Candidate:
         """Files of one process; raises SkippedError."""
         command = self.command(runtime)
+        self.environment(runtime, 1)  # raises where a library of it is missing
         kv = self.spec.kv_bytes_per_token(2)
         if runtime == "ours":
             path = self._ours(variant, precision)
