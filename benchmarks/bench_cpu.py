@@ -9,13 +9,16 @@ the CPU (how much they used is measured and printed). Everybody decodes greedily
 same number of tokens; prompts differ from round to round, and no prefix cache is on. Each round also measures what the
 machine can do: reading a large buffer, reading one of the model's size, a bf16 matrix product.
 
-decode: tokens after the first one a second, at `context` tokens of prompt; prefill: prompt tokens a second up to the
-first token, whose time is `ttft512`. load_s: from the path to a model ready for requests, files in the page cache.
+decode1@N: tokens a second after the first, batch 1, N tokens of prompt; decode8: of 8 prompts of 32 together;
+prefill512: prompt tokens a second up to the first token, whose time is `ttft512`. load_s: from the path to a model
+ready for requests, files in the page cache, runtime imported; vLLM's has its compilation in it.
 rss_mb: resident memory after a generation of 16 tokens at batch 1, `rss_baseline_mb`: before loading the model.
+same_tokens: how many of the first 16 greedy tokens are those of ours, dense, in the same precision.
 Models that do not fit in memory together are measured in two groups, `ours` dense in both, which links the ratios.
 
 Rows are appended after each model and precision, so `--models` and `--precisions` resume a run that was stopped. The
-files of all runtimes take about 3 GB for SmolLM2 and 30 GB for the random model; `--discard` keeps that to half.
+files of all runtimes would take about 3 GB for SmolLM2 and 30 GB for the random model; with `--discard` each
+precision's go before the next, which leaves about half of that at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, append_rows, environment, print_json
-from peers.measure import CASES, Measured, run_group, skipped, split_groups
+from peers.measure import CASES, run_group, skipped, split_groups
 from peers.rows import Ratios, rows_of
 from peers.runtimes import PRECISIONS, RUNTIMES, Candidate, Files, SkippedError
 from peers.weights import MODELS, VARIANTS, Model
@@ -62,17 +65,11 @@ def run_precision(files: Files, model: Model, precision: str, args: argparse.Nam
         ratios.see(measured)
         new = [m for m in measured if m.candidate.label not in recorded]
         recorded |= {m.candidate.label for m in new}
-        reference = reference or _reference(measured)
+        reference = reference or next((m.check for m in measured if m.candidate.label == "ours"), [])
         head = {"model": model.name, "precision": precision}
         rows += rows_of(measured, new, machine, ratios, head, tokens, reference)
     place = {**environment(), "threads": str(args.threads)}
     return [{**row, **place} for row in rows]
-
-
-def _reference(measured: list[Measured]) -> list[int]:
-    """Greedy tokens of ours, dense; of the first where ours is not measured."""
-    ours = [m for m in measured if m.candidate.label == "ours"]
-    return (ours or measured)[0].check if measured else []
 
 
 def line(row: dict[str, Any]) -> str:

@@ -78,10 +78,13 @@ def rows_of(
     tokens: int,
     reference: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """recorded: those of `group` that get rows; head: model and precision; reference: tokens of ours, bf16, dense."""
+    """recorded: those of `group` that get rows; head: model and precision; reference: tokens of ours, dense."""
     rows = []
     for one in recorded:
-        same = next((i for i, (a, b) in enumerate(zip(one.check, reference, strict=True)) if a != b), len(one.check))
+        same = ""
+        if reference and one.candidate.variant == "dense":
+            equal = [a == b for a, b in zip(one.check, reference, strict=True)]
+            same = f"{[*equal, False].index(False)}/{len(equal)}"
         for what, values in one.samples.items():
             size, share, limit = limit_share(one, what, tokens, machine)
             ratio, best = ratios.of(one, what, group)
@@ -98,7 +101,7 @@ def rows_of(
                     "limit": limit,
                     "ratio_to_best_peer": ratio,
                     "best_peer": best,
-                    "same_tokens": f"{same}/{len(one.check)}" if one.candidate.variant == "dense" else "",
+                    "same_tokens": same,
                     "settings": one.settings,
                 }
             )
