@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test lint weights bench clean
+.PHONY: demo test lint weights bench peers bench-cpu clean
 demo: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
@@ -19,6 +19,13 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_decode.py $(WEIGHTS)
+
+# Other runtimes in environments of their own; one that cannot be installed is named and skipped.
+peers:
+	sh benchmarks/peers/setup.sh .cache/peers $(PYTHON)
+
+bench-cpu: $(VENV)/installed $(WEIGHTS)
+	$(BIN)/python benchmarks/bench_cpu.py $(WEIGHTS)
 
 weights: $(WEIGHTS)
 

@@ -183,8 +183,40 @@ def engine_table() -> str:
     return markdown(("", "ours", "Transformers continuous batching", ""), lines)
 
 
+CPU_SPEEDS = ("decode1@32", "decode1@1024", "decode8", "prefill512")
+CPU_RUNTIMES = ("transformers", "vllm", "llama.cpp", "openvino", "ours")
+
+
+def cpu_table(model: str) -> str:
+    """Runtimes of each precision: tokens a second, of ours with the ratio to the best peer; load time and memory."""
+    rows = last([r for r in read("cpu") if r["model"] == model], "precision", "runtime", "variant", "what")
+    names = dict.fromkeys(key[:3] for key in rows if key[1] in CPU_RUNTIMES)
+    lines = []
+    for precision in ("bf16", "int8", "int4"):
+        own = [name for name in names if name[0] == precision]
+        for name in sorted(own, key=lambda n: CPU_RUNTIMES.index(n[1])):
+            cells = [_cpu_cell(rows.get((*name, what))) for what in (*CPU_SPEEDS, "load_s", "rss_mb")]
+            version = next(row["runtime_version"] for key, row in rows.items() if key[:3] == name)
+            label = f"ours, {name[2]}" if name[1] == "ours" else f"{name[1]} {version.partition('-')[0]}"
+            lines.append([precision, label, *cells])
+    heads = ("", "", "decode, batch 1", "at context 1024", "decode, batch 8", "prefill 512", "load", "memory")
+    return markdown(heads, lines)
+
+
+def _cpu_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    value = float(row["median"])
+    if row["unit"] != "tokens/s":
+        return f"{value:,.2f} s" if row["unit"] == "s" else f"{value:,.0f} MB"
+    compared = row["runtime"] == "ours" and row["ratio_to_best_peer"]
+    return f"{value:,.1f}" + (f" ({float(row['ratio_to_best_peer']):.2f}x)" if compared else "")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
+    "cpu": lambda: cpu_table("smollm2-135m"),
+    "cpu-1b": lambda: cpu_table("random-llama-1b"),
     "quality": quality_table,
     "ablation": ablation_table,
     "seeds": seeds_table,
