@@ -17,9 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from depthprune_runtime import ops
 from depthprune_runtime.engine.params import SamplingParams
 
-NOT_FINITE = -1  # in place of a token, where a row of logits is damaged
+NOT_FINITE = -1  # in place of a token, where a row of logits is damaged; as `ops.greedy` says it
 _REMOVED = -float("inf")
 _CANDIDATES = 1024  # most likely tokens among which top-p looks first
 _SAFE_MASS = 0.99  # beyond it, one minus a sum in float32 is too coarse
@@ -154,10 +155,11 @@ def _sample(
 
 def sample_batch(logits: Tensor, samplers: Sequence[RequestSampler]) -> list[int]:  # [B, V]
     """One token a request, NOT_FINITE where its logits are not; one host synchronisation."""
-    largest, tokens = logits.max(-1)  # NaN and inf come through
+    greedy = ops.greedy(logits)
+    tokens = greedy
     if not all(s.plain_greedy for s in samplers):
-        tokens = _sample(logits.float(), samplers, tokens)
-    chosen: list[int] = torch.where(torch.isfinite(largest), tokens, NOT_FINITE).tolist()
+        tokens = torch.where(greedy < 0, NOT_FINITE, _sample(logits.float(), samplers, greedy))
+    chosen: list[int] = tokens.tolist()
     for sampler, token in zip(samplers, chosen, strict=True):
         if sampler.seen is not None and token >= 0:
             sampler.seen[token] = True

@@ -13,6 +13,7 @@ import torch
 from depthprune_runtime.ops._library import bind, implementations
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.attention import paged_attention, varlen_attention
+from depthprune_runtime.ops.greedy import greedy
 from depthprune_runtime.ops.kv_cache import kv_write
 from depthprune_runtime.ops.linear import linear
 from depthprune_runtime.ops.norm import add_rms_norm, head_rms_norm, rms_norm
@@ -21,6 +22,7 @@ from depthprune_runtime.ops.rotary import rotary
 
 __all__ = [
     "add_rms_norm",
+    "greedy",
     "head_rms_norm",
     "implementations",
     "kv_write",
