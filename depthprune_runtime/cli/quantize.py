@@ -57,7 +57,7 @@ def add_quantize(commands: Any, common: Parser) -> None:
     p.add_argument("model", metavar="MODEL", help="dense or pruned: our file, a Hugging Face folder or hub id, or GGUF")
     p.add_argument("-o", "--output", required=True, metavar="FILE", help="the quantised, self-contained file")
     p.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of every projection (default 8)")
-    p.add_argument("--group", type=int, choices=(32, 64, 128), help="inputs that share a scale (128; 4 bits: 32)")
+    p.add_argument("--group", type=int, choices=(32, 64, 128), help="inputs that share a scale (64; 4 bits: 32)")
     p.add_argument("--asymmetric", action="store_true", help="give every group a zero point, too")
     p.add_argument(
         "--method", choices=QUANT_METHODS, default="auto", help="auto: gptq for 4 bits, rtn (no calibration) for 8"

@@ -95,7 +95,7 @@ def quantize(
     """Quantise every projection of `model`, dense or pruned, and write one self-contained file to `output`.
 
     model: our file, a Hugging Face folder or hub id, or a GGUF file; bits: 8 or 4; group_size: inputs that share a
-    scale, 32, 64 or 128 (default 128 at 8 bits, 32 at 4); symmetric: no zero points; method: `rtn` (round to nearest),
+    scale, 32, 64 or 128 (default 64 at 8 bits, 32 at 4); symmetric: no zero points; method: `rtn` (round to nearest),
     `gptq`, or `auto` (gptq at 4 bits); mend: with gptq, solve output projections anew before they are rounded, against
     the errors before them; lm_head_bits: of the head, which is the embedding where that is tied, always by rtn; 16
     leaves it as it is; calibration, samples, seq_len, seed: what gptq sees, as in `prune`; dtype: of what stays dense,
