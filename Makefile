@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test lint weights bench peers bench-cpu clean
+.PHONY: demo test lint sanitize weights bench peers bench-cpu clean
 demo: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
@@ -16,6 +16,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the extension's tests, ThreadSanitizer over the decode step.
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/native/build.py
 
 bench: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_decode.py $(WEIGHTS)

@@ -9,7 +9,12 @@
 // glibc: the choice is made through an ifunc, which musl does not have.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define DEPTHPRUNE_HAS_CLONES 1
+// Sanitizers are not ready yet when the loader asks which clone to take.
+#if defined(DEPTHPRUNE_SANITIZE)
+#define DEPTHPRUNE_CLONES
+#else
 #define DEPTHPRUNE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
 #else
 #define DEPTHPRUNE_HAS_CLONES 0
 #define DEPTHPRUNE_CLONES
