@@ -52,7 +52,7 @@ def thread() -> int:
     sources = [p for p in core() if not p.stem.endswith("_binding")] + [ROOT / "tests/native/decode_step_threads.cpp"]
     program = folder / "decode_step_threads"
     link(compile_all(sources, folder, flags), program, flags, ["torch_cpu", "c10"])
-    return subprocess.run([str(program)], env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}).returncode
+    return subprocess.run([str(program)], check=False, env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}).returncode
 
 
 def address() -> int:
@@ -77,7 +77,7 @@ def address() -> int:
     check = "import depthprune_runtime._C as c, sys; sys.exit(c.__file__ != sys.argv[1])"
     subprocess.run([sys.executable, "-P", "-c", check, str(target)], env=environment, check=True)
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
