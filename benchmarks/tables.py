@@ -213,6 +213,16 @@ def _cpu_cell(row: Row | None) -> str:
     return f"{value:,.1f}" + (f" ({float(row['ratio_to_best_peer']):.2f}x)" if compared else "")
 
 
+def quantization_table() -> str:
+    """What quantised models lose, alone and with pruning in both orders."""
+    rows = last(read("quantization"), "variant")
+    lines = [
+        [variant, f"{float(row['weight_mb']):.0f} MB", f"{float(row['perplexity']):.2f}"]
+        for (variant,), row in rows.items()
+    ]
+    return markdown(("", "weights", "perplexity"), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
     "cpu": lambda: cpu_table("smollm2-135m"),
@@ -221,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation_table,
     "seeds": seeds_table,
     "engine": engine_table,
+    "quantization": quantization_table,
 }
 
 
