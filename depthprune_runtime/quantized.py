@@ -19,6 +19,7 @@ have no meaning, except that the scale of a filling row is 0.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -146,10 +147,14 @@ class QuantizedWeight:
         scaled = (wide - zero) * self.scales[panel, :, row].float()[..., None]
         return scaled.flatten(1)[:, : self.in_features].to(dtype)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The same weight with every tensor replaced by `function` of it."""
+        zeros = None if self.zeros is None else function(self.zeros)
+        return dataclasses.replace(self, codes=function(self.codes), scales=function(self.scales), zeros=zeros)
+
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same weight on `device`; no copy where it already is."""
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
+        return self.map(lambda tensor: tensor.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
         """The weight that the codes stand for, rounded to `dtype`."""

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "tokenizer": {"errors", "checkpoint"},
     "texts": {"errors"},
     "placement": {"errors"},
+    "huge_pages": set(),
     "ops": {"quantized", "kernels", "_C"},
     "model": {"errors", "spec", "quantized", "ops"},
     "quantization": {
@@ -53,7 +54,7 @@ MAY_IMPORT = {
         "texts",
         "placement",
     },
-    "engine": {"errors", "spec", "checkpoint", "ops", "model", "tokenizer", "placement"},
+    "engine": {"errors", "huge_pages", "spec", "checkpoint", "ops", "model", "tokenizer", "placement"},
     "evaluation": {"errors", "progress", "engine", "model", "texts"},
 }
 NO_TORCH = [

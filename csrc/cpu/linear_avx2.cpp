@@ -15,13 +15,14 @@ namespace depthprune {
 namespace {
 
 #include "cpu/linear_kernel.h"
+#include "cpu/linear_store128.h"
 
 struct Lanes8 {
   using Sum = __m256;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Sum zero() { return _mm256_setzero_ps(); }
-  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void reduce(Sum a, Sum b, Sum c, Sum d, float (&totals)[4]) {
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m128 reduce(Sum a, Sum b, Sum c, Sum d) {
     const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(totals, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
   }
 };
 
@@ -48,7 +49,7 @@ struct Halves : Lanes8 {
   }
 };
 
-struct Bf16 : Halves {
+struct Bf16 : Halves, Store4<BFloat16> {
   using Format = BFloat16;
   static constexpr bool kPaired = true;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Weight load(const uint16_t* weight) {
@@ -58,7 +59,7 @@ struct Bf16 : Halves {
   }
 };
 
-struct Fp16 : Halves {
+struct Fp16 : Halves, Store4<Float16> {
   using Format = Float16;
   static constexpr bool kPaired = false;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Weight load(const uint16_t* weight) {
@@ -67,7 +68,7 @@ struct Fp16 : Halves {
   }
 };
 
-struct Fp32 : Lanes8 {
+struct Fp32 : Lanes8, Store4<Float32> {
   using Format = Float32;
   using Packed = float;
   static constexpr bool kAsStored = true;

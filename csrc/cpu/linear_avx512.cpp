@@ -18,6 +18,7 @@ namespace depthprune {
 namespace {
 
 #include "cpu/linear_kernel.h"
+#include "cpu/linear_store128.h"
 #include "cpu/linear_reduce512.h"
 
 struct Two {
@@ -43,7 +44,7 @@ struct Halves : Lanes16 {
   }
 };
 
-struct Bf16 : Halves {
+struct Bf16 : Halves, Store4<BFloat16> {
   using Format = BFloat16;
   static constexpr bool kPaired = true;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Weight load(const uint16_t* weight) {
@@ -53,7 +54,7 @@ struct Bf16 : Halves {
   }
 };
 
-struct Fp16 : Halves {
+struct Fp16 : Halves, Store4<Float16> {
   using Format = Float16;
   static constexpr bool kPaired = false;
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE Weight load(const uint16_t* weight) {
@@ -62,7 +63,7 @@ struct Fp16 : Halves {
   }
 };
 
-struct Fp32 : Lanes16 {
+struct Fp32 : Lanes16, Store4<Float32> {
   using Format = Float32;
   using Packed = float;
   static constexpr bool kAsStored = true;

@@ -18,9 +18,10 @@ namespace depthprune {
 namespace {
 
 #include "cpu/linear_kernel.h"
+#include "cpu/linear_store128.h"
 #include "cpu/linear_reduce512.h"
 
-struct Pairs : Lanes16 {
+struct Pairs : Lanes16, Store4<BFloat16> {
   using Format = BFloat16;
   using Packed = uint16_t;
   static constexpr bool kAsStored = true;

@@ -29,11 +29,16 @@ struct Lanes4 {
   static constexpr int64_t kAhead = 2048;
   static DEPTHPRUNE_INLINE Sum zero() { return Sum{}; }
   static DEPTHPRUNE_INLINE float total(Sum sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
-  static DEPTHPRUNE_INLINE void reduce(Sum a, Sum b, Sum c, Sum d, float (&totals)[4]) {
-    totals[0] = total(a);
-    totals[1] = total(b);
-    totals[2] = total(c);
-    totals[3] = total(d);
+  static DEPTHPRUNE_INLINE Floats reduce(Sum a, Sum b, Sum c, Sum d) {
+    return Floats{total(a), total(b), total(c), total(d)};
+  }
+};
+
+template <typename Format>
+struct Store4 {
+  using T = typename Format::storage;
+  static DEPTHPRUNE_INLINE void store4(Floats totals, const T* bias, T* out) {
+    for (int i = 0; i < 4; ++i) out[i] = Format::narrow(bias == nullptr ? totals[i] : totals[i] + Format::widen(bias[i]));
   }
 };
 
@@ -57,7 +62,7 @@ struct Halves : Lanes4 {
   }
 };
 
-struct Bf16 : Halves {
+struct Bf16 : Halves, Store4<BFloat16> {
   using Format = BFloat16;
   static DEPTHPRUNE_INLINE Weight load(const uint16_t* weight) {
     const Ints pairs = read<Ints>(weight);
@@ -65,7 +70,7 @@ struct Bf16 : Halves {
   }
 };
 
-struct Fp16 : Halves {
+struct Fp16 : Halves, Store4<Float16> {
   using Format = Float16;
   // Float16::widen of the low half of every lane.
   static DEPTHPRUNE_INLINE Floats widen(Ints half) {
@@ -80,7 +85,7 @@ struct Fp16 : Halves {
   }
 };
 
-struct Fp32 : Lanes4 {
+struct Fp32 : Lanes4, Store4<Float32> {
   using Format = Float32;
   using Packed = float;
   static constexpr bool kAsStored = true;

@@ -13,6 +13,7 @@
 //   Weight, Input, Sum              registers: a step of weights, a step of x, one sum a lane
 //   load, input, add, zero          sum += weight * input
 //   reduce                          four sums over their lanes
+//   store4                          those, plus bias unless null, rounded once
 
 template <typename V, int R, int S, bool prefetch>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_step(
@@ -52,9 +53,9 @@ DEPTHPRUNE_TARGET void block(const Linear& linear, int64_t n, int64_t t) {
   }
   const int64_t whole = linear.in_features - linear.in_features % step;
   if constexpr (stream) {
-    // Row after row: memory is read in one direction, which its prefetchers follow best. More tokens take two rows, or
+    // Row after row: memory is read in one direction, which its prefetchers follow best. Many tokens take two rows, or
     // reading the inputs would be the limit.
-    constexpr int side = S > 2 && R % 2 == 0 ? 2 : 1;
+    constexpr int side = S > 4 && R % 2 == 0 ? 2 : 1;
 #pragma GCC unroll 8
     for (int r = 0; r < R; r += side) {
       const T* row = weight + r * stride;
@@ -75,17 +76,14 @@ DEPTHPRUNE_TARGET void block(const Linear& linear, int64_t n, int64_t t) {
   const T* bias = linear.bias == nullptr ? nullptr : static_cast<const T*>(linear.bias) + n;  // [R]
 #pragma GCC unroll 8
   for (int s = 0; s < S; ++s) {
-    float totals[4];
+    T* out = static_cast<T*>(linear.out) + (t + s) * linear.out_features + n;  // [R]
     if constexpr (R == 4) {
-      V::reduce(sums[0][s], sums[1][s], sums[2][s], sums[3][s], totals);
+      V::store4(V::reduce(sums[0][s], sums[1][s], sums[2][s], sums[3][s]), bias, out);
     } else {
       static_assert(R == 1);
-      V::reduce(sums[0][s], V::zero(), V::zero(), V::zero(), totals);
-    }
-    T* out = static_cast<T*>(linear.out) + (t + s) * linear.out_features + n;  // [R]
-    for (int r = 0; r < R; ++r) {
-      const float total = bias == nullptr ? totals[r] : totals[r] + Format::widen(bias[r]);
-      out[r] = Format::narrow(total);
+      T four[4], offsets[4] = {bias == nullptr ? T{} : bias[0]};
+      V::store4(V::reduce(sums[0][s], V::zero(), V::zero(), V::zero()), bias == nullptr ? nullptr : offsets, four);
+      out[0] = four[0];
     }
   }
 }

@@ -6,10 +6,10 @@ struct Lanes16 {
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m256 halves(Sum sum) {
     return _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
   }
-  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void reduce(Sum a, Sum b, Sum c, Sum d, float (&totals)[4]) {
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m128 reduce(Sum a, Sum b, Sum c, Sum d) {
     const __m256 ab = _mm256_hadd_ps(halves(a), halves(b));
     const __m256 cd = _mm256_hadd_ps(halves(c), halves(d));
     const __m256 abcd = _mm256_hadd_ps(ab, cd);
-    _mm_storeu_ps(totals, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
   }
 };

@@ -18,14 +18,35 @@ from depthprune_runtime.engine.memory import default_kv_memory, free_memory, kv_
 from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, RequestOutputs, StreamChunk
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.huge_pages import HugePages, huge_pages_available
 from depthprune_runtime.model.batch import packed
-from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.model.decoder import Decoder, WeightGetter
+from depthprune_runtime.model.linear import Weight
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.tokenizer import Tokenizer, generation_config
 
 _MAX_RUNNING = 64  # outputs decoded together
 _PREFILL_TOKENS = 4096  # tokens in one forward pass
+
+
+def _weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mmap: bool) -> WeightGetter:
+    """What the decoder takes its weights from: for a CPU, copies in huge pages, in the order in which it asks."""
+    if mmap or device.type != "cpu" or not huge_pages_available():
+        return checkpoint.weight
+    quantized = checkpoint.quantization
+    sizes = [
+        e.nbytes if name in quantized else torch.Size(e.shape).numel() * dtype.itemsize
+        for name, entries in checkpoint.entries().items()
+        for e in entries
+    ]
+    pages = HugePages(sum(map(HugePages.room, sizes)))
+
+    def copied(name: str) -> Weight:
+        weight = checkpoint.weight(name)
+        return pages.copy(weight.to(dtype)) if isinstance(weight, Tensor) else weight.map(pages.copy)
+
+    return copied
 
 
 class Runtime:
@@ -35,7 +56,7 @@ class Runtime:
     greedy, or what the model's own generation config asks for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mmap: bool = False) -> None:
         self.name = checkpoint.name
         self.spec: DecoderSpec = checkpoint.spec
         self.plan: Mapping[str, Any] | None = checkpoint.plan
@@ -45,7 +66,7 @@ class Runtime:
             self.tokenizer = Tokenizer(checkpoint)
         self._inputs = Inputs(self.name, self.spec, self.tokenizer, generation_config(checkpoint))
         self.default_sampling_params = self._inputs.default_sampling_params
-        self.decoder = Decoder(self.spec, checkpoint.weight, device, dtype)
+        self.decoder = Decoder(self.spec, _weights(checkpoint, device, dtype, mmap), device, dtype)
 
     @classmethod
     def load(
@@ -54,16 +75,18 @@ class Runtime:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         verify: bool = True,
+        mmap: bool = False,
     ) -> Runtime:
         """Load our own file, a Hugging Face folder or hub id, or a GGUF file.
 
-        device: `auto` is CUDA where there is one; dtype: `auto` is the checkpoint's (weights of our own file
-        then stay mapped on a CPU, without a copy); verify: check our own file against its checksums.
+        device: `auto` is CUDA where there is one; dtype: `auto` is the checkpoint's; verify: check our own file against
+        its checksums; mmap: on a CPU, leave the weights of our own file mapped, so that processes share them, rather
+        than copy them into huge pages, which are read faster.
         """
         wanted = resolve_dtype(dtype)
         target = resolve_device(device)
         checkpoint = open_checkpoint(model, wanted, verify)
-        return cls(checkpoint, target, wanted or checkpoint.dtype)
+        return cls(checkpoint, target, wanted or checkpoint.dtype, mmap)
 
     @property
     def device(self) -> torch.device:

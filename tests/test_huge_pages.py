@@ -1,0 +1,43 @@
+"""Weights in huge pages: the same values, aligned, and freed with the model."""
+
+from __future__ import annotations
+
+import pico
+import pytest
+import torch
+
+from depthprune_runtime import Runtime, import_model, quantize
+from depthprune_runtime.huge_pages import HugePages, huge_pages_available
+
+needs_huge_pages = pytest.mark.skipif(not huge_pages_available(), reason="the system gives no huge pages")
+
+
+@needs_huge_pages
+def test_tensors_lie_in_order_and_aligned():
+    tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.uint8), torch.randn(64, 64).bfloat16()]
+    pages = HugePages(sum(HugePages.room(t.nbytes) for t in tensors))
+    copies = [pages.copy(t) for t in tensors]
+    starts = [c.data_ptr() for c in copies]
+    assert starts == sorted(starts) and all(s % 64 == 0 for s in starts) and starts[0] % (2 << 20) == 0
+    assert all(torch.equal(c, t) for c, t in zip(copies, tensors, strict=True))
+    with pytest.raises(AssertionError, match="do not fit"):
+        HugePages(64).empty((1 << 22,), torch.uint8)
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_model_runs_the_same_from_copies_and_from_the_mapped_file(tmp_path, bits, monkeypatch):
+    folder = pico.save(pico.build_model("llama"), tmp_path / "hf")
+    path = tmp_path / "model.safetensors"
+    if bits is None:
+        import_model(folder, path)
+    else:
+        quantize(folder, path, bits=bits, method="rtn")
+    copied = []
+    plain = HugePages.copy
+    monkeypatch.setattr(HugePages, "copy", lambda pages, tensor: copied.append(tensor.shape) or plain(pages, tensor))
+    ids = list(range(3, 20))
+    mapped = Runtime.load(path, mmap=True).logits(ids)
+    assert not copied
+    assert torch.equal(Runtime.load(path).logits(ids), mapped)
+    assert len(copied) >= len(Runtime.load(path, mmap=True).spec.tensor_shapes())
