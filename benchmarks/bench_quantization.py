@@ -59,7 +59,7 @@ class Maker:
         return self._made[key]
 
 
-def score(model: Path) -> dict[str, Any]:
+def score(model: Path, dense: Path) -> dict[str, Any]:
     import torch
 
     from depthprune_runtime import Runtime, perplexity
@@ -68,6 +68,8 @@ def score(model: Path) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(model, torch.bfloat16)
     runtime = Runtime.load(model, dtype=torch.bfloat16)
+    if runtime.tokenizer is None:  # a peer's file of weights alone
+        runtime.tokenizer = Runtime.load(dense).tokenizer
     found = perplexity(runtime, load_text("wikitext2-test"), SEQ_LEN, WINDOWS)
     return {
         "parameters": runtime.spec.num_parameters(),
@@ -94,7 +96,7 @@ def main() -> None:
         work += [(name, Path(file)) for name, file in (peer.split("=", 1) for peer in args.peer)]
         for name, file in work:
             model, seconds = (file, 0.0) if file is not None else maker.make(VARIANTS[name])
-            found = score(model)
+            found = score(model, dense)
             if file is not None:  # dequantised to be scored: its own size is the file's
                 found["weight_mb"] = round(file.stat().st_size / 1e6, 1)
             row = {"model": "SmolLM2-135M-Instruct", "variant": name, **found, "seconds": round(seconds, 1)}

@@ -64,8 +64,12 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "versions": " ".join(f"{k} {v}" for k, v in versions.items()),
         "commit": _commit(),
-        "command": shlex.join(["python", *[os.path.relpath(a, ROOT) if Path(a).exists() else a for a in sys.argv]]),
+        "command": shlex.join(["python", *map(_from_root, sys.argv)]),
     }
+
+
+def _from_root(argument: str) -> str:
+    return os.path.relpath(argument, ROOT) if argument and Path(argument).exists() else argument
 
 
 def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:

@@ -138,6 +138,8 @@ class GGUFCheckpoint(Checkpoint):
 
     @functools.cached_property
     def _assets(self) -> dict[str, bytes]:
+        if self._field("tokenizer.ggml.model") in (None, "no_vocab", "none"):  # a file of weights alone
+            return {}
         try:
             assets = tokenizer_assets(self.path.parent, gguf_file=self.path.name)
         except Exception as error:  # the converters raise many types on vocabularies they do not know

@@ -62,7 +62,7 @@ def test_the_digest_is_the_same_in_every_format(pico_llama, pico_file):
 
 def test_weights_are_aligned_and_mapped_without_a_copy(pico_file):
     checkpoint = NativeCheckpoint(pico_file)
-    runtime = Runtime(checkpoint, torch.device("cpu"), checkpoint.dtype)
+    runtime = Runtime(checkpoint, torch.device("cpu"), checkpoint.dtype, mmap=True)
     mapped = checkpoint.tensor("norm.weight")
     assert checkpoint.tensor("embed_tokens.weight").data_ptr() % 64 == 0
     assert runtime.decoder.norm.data_ptr() == mapped.data_ptr()

@@ -71,28 +71,27 @@ def write_gguf(model, path, quantization=gguf.GGMLQuantizationType.F32, architec
     return path
 
 
-def runtime_without_tokenizer(path, dtype, monkeypatch) -> Runtime:
+def runtime_without_tokenizer(path, dtype) -> Runtime:
     """The pico GGUF files carry no vocabulary."""
-    from depthprune_runtime.checkpoint import gguf as module
-
-    monkeypatch.setattr(module, "tokenizer_assets", lambda *_, **__: {})
-    return Runtime.load(path, device="cpu", dtype=dtype)
+    runtime = Runtime.load(path, device="cpu", dtype=dtype)
+    assert runtime.tokenizer is None
+    return runtime
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_gguf_logits_equal_transformers(family, tied, tmp_path, monkeypatch):
+def test_gguf_logits_equal_transformers(family, tied, tmp_path):
     model = pico.build_model(
         family, tie_word_embeddings=tied, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
     )
-    runtime = runtime_without_tokenizer(write_gguf(model, tmp_path / "m.gguf"), "float32", monkeypatch)
+    runtime = runtime_without_tokenizer(write_gguf(model, tmp_path / "m.gguf"), "float32")
     with torch.no_grad():
         theirs = model(torch.tensor([IDS])).logits[0]
     assert float((runtime.logits(IDS) - theirs).norm() / theirs.norm()) <= 1e-5
     assert runtime.spec.tie_word_embeddings == tied
 
 
-def test_gguf_rope_factors_are_llama3_scaling(tmp_path, monkeypatch):
+def test_gguf_rope_factors_are_llama3_scaling(tmp_path):
     from depthprune_runtime.model.rope import inverse_frequencies
     from depthprune_runtime.spec import RopeSpec
 
@@ -104,7 +103,7 @@ def test_gguf_rope_factors_are_llama3_scaling(tmp_path, monkeypatch):
     }  # fmt: skip
     model = pico.build_model("llama", rope_parameters=parameters)
     path = write_gguf(model, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors.float().numpy()})
-    runtime = runtime_without_tokenizer(path, "float32", monkeypatch)
+    runtime = runtime_without_tokenizer(path, "float32")
     with torch.no_grad():
         theirs = model(torch.tensor([IDS])).logits[0]
     assert runtime.spec.rope.kind == "factors"
@@ -112,7 +111,7 @@ def test_gguf_rope_factors_are_llama3_scaling(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "F16", "BF16"])
-def test_gguf_is_dequantised_as_the_gguf_package_does(name, tmp_path, monkeypatch):
+def test_gguf_is_dequantised_as_the_gguf_package_does(name, tmp_path):
     quantization = gguf.GGMLQuantizationType[name]
     model = pico.build_model(
         "llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=2, intermediate_size=96
