@@ -1,5 +1,5 @@
 """Tensors in huge pages: a decode step reads every weight once, and with pages of 4 KiB the processor spends much of
-that time finding them (two threads of an AMD EPYC read 27 GB/s from 4 KiB pages and 43 GB/s from 2 MiB pages).
+that time finding them.
 
 Linux gives a mapped file no huge pages, so weights are copied once into anonymous memory that asks for them.
 """
