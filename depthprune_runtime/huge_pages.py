@@ -30,7 +30,8 @@ class HugePages:
     """One region of at most `nbytes`, handed out in order. Its memory is freed with the last tensor in it."""
 
     def __init__(self, nbytes: int) -> None:
-        region = mmap.mmap(-1, max(1, nbytes) + _PAGE)
+        # private: the default is shared memory, whose huge pages are another setting
+        region = mmap.mmap(-1, max(1, nbytes) + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(mmap.MADV_HUGEPAGE)
         self._next = -ctypes.addressof(ctypes.c_char.from_buffer(region)) % _PAGE
         self._bytes = torch.frombuffer(region, dtype=torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pico
 import pytest
 import torch
@@ -41,3 +43,18 @@ def test_a_model_runs_the_same_from_copies_and_from_the_mapped_file(tmp_path, bi
     assert not copied
     assert torch.equal(Runtime.load(path).logits(ids), mapped)
     assert len(copied) >= len(Runtime.load(path, mmap=True).spec.tensor_shapes())
+
+
+@needs_huge_pages
+def test_the_memory_is_private_and_asks_for_huge_pages():
+    tensor = HugePages(8 << 20).empty((8 << 20,), torch.uint8).fill_(1)
+    mapping, found = "", {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if "-" in fields[0] and not fields[0].endswith(":"):
+            start, end = (int(x, 16) for x in fields[0].split("-"))
+            mapping = fields[1] if start <= tensor.data_ptr() < end else ""
+        elif mapping and fields[0] == "VmFlags:":
+            found = {"permissions": mapping, "flags": fields[1:]}
+    assert found["permissions"] == "rw-p"
+    assert "hg" in found["flags"]
