@@ -1,11 +1,12 @@
 """FinerCut's searches beside the plain loop of the official script: cost, ranking and quality, one CSV row a search.
 
-    python benchmarks/bench_finercut.py WEIGHTS.gguf [--sublayers 8] [--windows 10] [--seq-len 256] [--json]
+    python benchmarks/bench_finercut.py WEIGHTS.gguf [--sublayers 6] [--windows 10] [--seq-len 256] [--json]
 
 The plain loop runs the whole model for every candidate of every step, with the same decoder and the same distance.
 Each search starts from nothing and is timed whole, the one dense pass included, in CPU seconds of all threads, which
-other work beside it lengthens less than the wall clock (OMP_WAIT_POLICY=passive, or waiting counts). Perplexity is WikiText-2 test, the
-first 32 windows of 1024 tokens, of the model without the sub-layers found, not repaired. Needs $DEPTHPRUNE_DATA.
+other work beside it lengthens less than the wall clock (OMP_WAIT_POLICY=passive, or waiting counts). Perplexity is
+WikiText-2 test, the first 32 windows of 1024 tokens, of the model without the sub-layers found, not repaired. Needs
+$DEPTHPRUNE_DATA.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def measure(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
-    parser.add_argument("--sublayers", type=int, default=8)
+    parser.add_argument("--sublayers", type=int, default=6)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--json", action="store_true")
