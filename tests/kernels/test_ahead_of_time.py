@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: ahead-of-time compilation is not checked")
 
-from ahead_of_time import Launch, check, record  # noqa: E402
+from ahead_of_time import Launch, check, record
 
-from depthprune_runtime.kernels import norm  # noqa: E402
+from depthprune_runtime.kernels import norm
 
 
 def launch_of(op: str, dtype: torch.dtype, hidden_size: int, capability: int) -> Launch:
