@@ -16,7 +16,11 @@ from depthprune_runtime.ops.attention import paged_attention, varlen_attention
 from depthprune_runtime.ops.greedy import greedy
 from depthprune_runtime.ops.kv_cache import kv_write
 from depthprune_runtime.ops.linear import linear
+from depthprune_runtime.ops.linear_add import linear_add
+from depthprune_runtime.ops.next_tokens import next_tokens
 from depthprune_runtime.ops.norm import add_rms_norm, head_rms_norm, rms_norm
+from depthprune_runtime.ops.norm_linear import norm_gated_linear, norm_linear, norm_logits
+from depthprune_runtime.ops.norm_qkv import norm_qkv
 from depthprune_runtime.ops.quantized_linear import quantized_linear
 from depthprune_runtime.ops.rotary import rotary
 
@@ -27,6 +31,12 @@ __all__ = [
     "implementations",
     "kv_write",
     "linear",
+    "linear_add",
+    "next_tokens",
+    "norm_gated_linear",
+    "norm_linear",
+    "norm_logits",
+    "norm_qkv",
     "paged_attention",
     "quantized_linear",
     "rms_norm",
