@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass
 
 MAX_TOKENS = 64  # above it a GEMM library is the better choice
-_VECTOR_TOKENS = 4  # up to here every weight meets its tokens in ordinary float32 lanes, above in the matrix units
 _SMS = {8: 108, 9: 132, 10: 148}  # streaming multiprocessors of A100, H100, B200
 
 
@@ -26,32 +25,32 @@ class RowsConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def rows_config(num_tokens: int, rows: int, columns: int, bits: int, capability: tuple[int, int]) -> RowsConfig:
-    """For `num_tokens` tokens and a weight [rows, columns] of `bits` bits (32, 16; 8 and 4: quantised)."""
+def rows_config(
+    num_tokens: int, rows: int, columns: int, bits: int, capability: tuple[int, int], paired: bool = False
+) -> RowsConfig:
+    """For `num_tokens` tokens and a weight [rows, columns] of `bits` bits (32, 16; 8 and 4: quantised).
+
+    paired: a tile takes its rows from two places.
+    """
     if not 1 <= num_tokens <= MAX_TOKENS:
         raise ValueError(f"rows: expected 1 to {MAX_TOKENS} tokens, got {num_tokens}")
     sms = _SMS.get(capability[0], 132)
-    use_dot = num_tokens > _VECTOR_TOKENS
-    block_t = _power_of_2(num_tokens) if not use_dot else max(16, _power_of_2(num_tokens))
-    # Two programs on every multiprocessor at least, or the last ones run alone. Quantised panels have 16 rows.
-    block_n = 32 if use_dot and rows >= 64 * sms and bits > 8 else 16
+    use_dot = num_tokens > 1
+    block_t = max(16, _power_of_2(num_tokens)) if use_dot else 1
+    # Two programs on every multiprocessor at least, or the last ones run alone. Quantised panels have 16 rows, which
+    # are contiguous word by word: a place of a pair takes a whole panel.
+    wide = paired if bits <= 8 else use_dot and rows >= 64 * sms
+    block_n = 32 if wide else 16
     if bits > 8:
-        block_k = _dense_columns(block_t, use_dot, bits)
+        # One token: 512 inputs of 16 rows are 64 float32 sums of each of 128 threads.
+        block_k = (512 if bits == 16 else 256) if not use_dot else (128 if bits == 16 and block_t < 64 else 64)
     else:
-        # words: 32 / bits codes each, unrolled one after another; their inputs share the tile of words
-        block_k = 32 if use_dot or block_t > 2 else 64
-        columns = -(-columns * bits // 32)
+        columns = -(-columns * bits // 32)  # words of 32 / bits codes
+        # 8 products a word: 32 words at a time do not fit the registers of sm_90's dot
+        block_k = 64 if not use_dot and not wide else 16 if use_dot and bits == 4 else 32
     block_k = min(block_k, max(16, _power_of_2(columns)))
-    # Up to 2 warps a tile of few inputs: 8 values of a thread are one 16-byte load.
     num_warps = 4 if use_dot else min(4, max(1, block_n * block_k // 256))
     return RowsConfig(block_t, block_n, block_k, use_dot, num_warps, 3)
-
-
-def _dense_columns(block_t: int, use_dot: bool, bits: int) -> int:
-    if use_dot:
-        return 128 if bits == 16 and block_t < 64 else 64
-    # 16 rows x block_k inputs x block_t tokens of float32 sums: 64 registers of each of 128 threads
-    return 512 * 16 // bits // block_t if bits == 16 else 256 // block_t
 
 
 def _power_of_2(n: int) -> int:

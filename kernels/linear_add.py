@@ -36,6 +36,7 @@ def linear_add_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    WHOLE_PANELS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,7 +48,7 @@ def linear_add_kernel(
     rows_in = rows < num_rows
     acc = products(
         x_ptr, x_stride, x_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, K, 0.0,
-        False, BITS, GROUP, HAS_ZEROS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
+        False, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)[:, None]

@@ -44,6 +44,7 @@ def norm_linear_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    WHOLE_PANELS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,7 +56,7 @@ def norm_linear_kernel(
     rows_in = rows < num_rows
     acc = products(
         x_ptr, x_stride, gain_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, K, eps,
-        True, BITS, GROUP, HAS_ZEROS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
+        True, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)[:, None]
@@ -95,6 +96,7 @@ def norm_gated_linear_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    WHOLE_PANELS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -109,7 +111,7 @@ def norm_gated_linear_kernel(
     rows_in = channel < channels
     acc = products(
         x_ptr, x_stride, gain_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, K, eps,
-        True, BITS, GROUP, HAS_ZEROS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
+        True, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)[:, None]
@@ -193,7 +195,7 @@ def norm_gated_linear(
         reference: Tensor = REFERENCES[op](x, norm, eps, weight, layout, bias)
         return reference
     channels = layout[0] // 2
-    config, constants = configure(x, weight, layout, capability_of(x.device))
+    config, constants = configure(x, weight, layout, capability_of(x.device), apart=channels)
     out = x.new_empty(x.shape[0], channels)
     with torch.cuda.device_of(x):
         norm_gated_linear_kernel[(triton.cdiv(channels, config.block_n // 2),)](

@@ -55,6 +55,7 @@ def norm_qkv_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    WHOLE_PANELS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,7 +72,7 @@ def norm_qkv_kernel(
     rows_in = pair < HALF_DIM
     acc = products(
         x_ptr, x_stride, gain_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, C, eps,
-        True, BITS, GROUP, HAS_ZEROS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
+        True, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)[:, None]
@@ -145,7 +146,7 @@ def norm_qkv(
         reference: Tensor = REFERENCES["norm_qkv"](*arguments)
         return reference
     kv_heads, head_dim = k_cache.shape[2:]
-    config, constants = configure(x, weight, layout, capability_of(x.device))
+    config, constants = configure(x, weight, layout, capability_of(x.device), apart=head_dim // 2)
     q = x.new_empty(x.shape[0], num_heads, head_dim)
     grid = (num_heads + 2 * kv_heads, triton.cdiv(head_dim // 2, config.block_n // 2))
     with torch.cuda.device_of(x):

@@ -5,8 +5,8 @@
 Layout: x [T, K] with dense rows; a dense weight [N, K] row by row, or quantised panels of 16 rows (see
 depthprune_runtime/quantized.py), whose 32-bit words [tiles, 16] hold 4 or 8 codes of one row each.
 A program owns BLOCK_N rows, any rows (`rows` is a vector: gate and up channels, or the two halves of a head, meet
-in one tile), and all tokens, so every weight is read once. Up to 4 tokens the products are summed in float32 lanes
-and 1 / rms comes after the sum; more tokens go through the matrix units, in the dtype of x, normalised before.
+in one tile), and all tokens, so every weight is read once. One token's products are summed in float32 lanes and 1 / rms
+comes after the sum; more tokens go through the matrix units, in the dtype of x, normalised before.
 K is a constant of the compiled kernel: a model has few. Loads are pipelined: `num_stages` tiles are in flight while
 one is used.
 """
@@ -36,16 +36,29 @@ def inverse_rms(x_ptr, x_stride, num_tokens, K: tl.constexpr, eps, BLOCK_T: tl.c
 
 
 @triton.jit
-def _inputs(x_ptr, x_stride, gain_ptr, columns, num_tokens, K: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr):
-    """x [BLOCK_T, columns] in float32, and times the gain; zero beyond K and num_tokens."""
-    tokens = tl.arange(0, BLOCK_T)
+def _one_input(x_ptr, gain_ptr, columns, K: tl.constexpr, NORM: tl.constexpr):
+    """(x, x * gain) of a single token at `columns`, float32, zero beyond K."""
     inside = columns < K
-    mask = (tokens < num_tokens)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + tokens[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     y = x
     if NORM:
-        y = x * tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        y = x * tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     return x, y
+
+
+@triton.jit
+def _inputs(
+    x_ptr, x_stride, gain_ptr, rstd, columns, num_tokens, K: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """x, or its norm, at `columns`: [columns, BLOCK_T] in the dtype of x, zero beyond K and num_tokens."""
+    tokens = tl.arange(0, BLOCK_T)
+    inside = columns < K
+    mask = inside[:, None] & (tokens < num_tokens)[None, :]
+    x = tl.load(x_ptr + tokens[None, :] * x_stride + columns[:, None], mask=mask, other=0.0)
+    if NORM:
+        gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * rstd[None, :] * gain[:, None]).to(x.dtype)
+    return x
 
 
 @triton.jit
@@ -69,32 +82,31 @@ def dense_products(
 ):
     """[BLOCK_N, BLOCK_T] float32"""
     starts = weight_ptr + rows.to(tl.int64)[:, None] * K
-    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     if USE_DOT:
+        rstd = tl.zeros([BLOCK_T], tl.float32)
         if NORM:
             rstd = inverse_rms(x_ptr, x_stride, num_tokens, K, eps, BLOCK_T, BLOCK_K)
+        acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             columns = k + tl.arange(0, BLOCK_K)
             mask = rows_in[:, None] if EVEN_K else rows_in[:, None] & (columns < K)[None, :]
             w = tl.load(starts + columns[None, :], mask=mask, other=0.0)
-            _, y = _inputs(x_ptr, x_stride, gain_ptr, columns, num_tokens, K, NORM, BLOCK_T)
-            if NORM:
-                y = y * rstd[:, None]
-            acc = dot(w, tl.trans(y.to(w.dtype)), acc)
+            y = _inputs(x_ptr, x_stride, gain_ptr, rstd, columns, num_tokens, K, NORM, BLOCK_T)
+            acc = dot(w, y, acc)
     else:
-        sums = tl.zeros([BLOCK_N, BLOCK_T, BLOCK_K], tl.float32)
-        squares = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+        sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        squares = tl.zeros([BLOCK_K], tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             columns = k + tl.arange(0, BLOCK_K)
             mask = rows_in[:, None] if EVEN_K else rows_in[:, None] & (columns < K)[None, :]
-            w = tl.load(starts + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            x, y = _inputs(x_ptr, x_stride, gain_ptr, columns, num_tokens, K, NORM, BLOCK_T)
-            sums += w[:, None, :] * y[None, :, :]
+            w = tl.load(starts + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            x, y = _one_input(x_ptr, gain_ptr, columns, K, NORM)
+            sums += w.to(tl.float32) * y[None, :]
             if NORM:
                 squares += x * x
-        acc = tl.sum(sums, axis=2)
+        acc = tl.sum(sums, axis=1)[:, None]
         if NORM:
-            acc *= tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[None, :]
+            acc *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
     return acc
 
 
@@ -115,6 +127,7 @@ def quantized_products(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    WHOLE_PANELS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # words
@@ -129,13 +142,16 @@ def quantized_products(
     row = rows % 16
     rstd = tl.zeros([BLOCK_T], tl.float32)
     if NORM:
-        rstd = inverse_rms(x_ptr, x_stride, num_tokens, K, eps, BLOCK_T, BLOCK_K * PER)
+        rstd = inverse_rms(x_ptr, x_stride, num_tokens, K, eps, BLOCK_T, 256)
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    sums = tl.zeros([BLOCK_N, BLOCK_T, BLOCK_K], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for first in tl.range(0, words, BLOCK_K, num_stages=STAGES):
         word = first + tl.arange(0, BLOCK_K)
         mask = rows_in[:, None] & (word < words)[None, :]
-        codes = tl.load(codes_ptr + (panel * words * 16 + row)[:, None] + word[None, :] * 16, mask=mask, other=0)
+        start = panel * words * 16 + row
+        if WHOLE_PANELS:  # or a tile of two panels loads word by word
+            start = tl.max_contiguous(tl.multiple_of(start, 16), 16)
+        codes = tl.load(codes_ptr + start[:, None] + word[None, :] * 16, mask=mask, other=0)
         group = (word * PER) // GROUP
         place = (panel * groups * 16 + row)[:, None] + group[None, :] * 16
         scale = tl.load(scales_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -148,16 +164,14 @@ def quantized_products(
             shift = 8 * i if BITS == 8 or i < 4 else 8 * (i - 4) + 4
             code = (codes >> shift) & ((1 << BITS) - 1)
             w = (code.to(tl.float32) - zero) * scale
-            _, y = _inputs(x_ptr, x_stride, gain_ptr, word * PER + i, num_tokens, K, NORM, BLOCK_T)
             if USE_DOT:
-                if NORM:
-                    y = y * rstd[:, None]
-                dtype = x_ptr.dtype.element_ty
-                acc = dot(w.to(dtype), tl.trans(y.to(dtype)), acc)
+                y = _inputs(x_ptr, x_stride, gain_ptr, rstd, word * PER + i, num_tokens, K, NORM, BLOCK_T)
+                acc = dot(w.to(y.dtype), y, acc)
             else:
-                sums += w[:, None, :] * y[None, :, :]
+                _, y = _one_input(x_ptr, gain_ptr, word * PER + i, K, NORM)
+                sums += w * y[None, :]
     if not USE_DOT:
-        acc = tl.sum(sums, axis=2)
+        acc = tl.sum(sums, axis=1)[:, None]
         if NORM:
             acc *= rstd[None, :]
     return acc
@@ -180,6 +194,7 @@ def products(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    WHOLE_PANELS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -196,7 +211,7 @@ def products(
     else:
         acc = quantized_products(
             x_ptr, x_stride, gain_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, K, eps,
-            NORM, BITS, GROUP, HAS_ZEROS, BLOCK_T, BLOCK_N, BLOCK_K, USE_DOT, STAGES,
+            NORM, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, USE_DOT, STAGES,
         )  # fmt: skip
     return acc
 
@@ -215,16 +230,20 @@ def weight_arguments(tensors: list[Tensor], layout: list[int]) -> tuple[Tensor, 
 
 
 def configure(
-    x: Tensor, tensors: list[Tensor], layout: list[int], capability: tuple[int, int]
+    x: Tensor, tensors: list[Tensor], layout: list[int], capability: tuple[int, int], apart: int = 0
 ) -> tuple[RowsConfig, dict[str, object]]:
-    """The configuration and the constants of `products` for `x` and a packed weight."""
+    """The configuration and the constants of `products` for `x` and a packed weight.
+
+    apart: rows between the halves of a tile; 0: it takes neighbours.
+    """
     out_features, bits, group_size = layout
     bits_of_weight = bits or 8 * x.element_size()
-    config = rows_config(x.shape[0], out_features, x.shape[1], bits_of_weight, capability)
+    config = rows_config(x.shape[0], out_features, x.shape[1], bits_of_weight, capability, paired=apart > 0)
     constants: dict[str, object] = {
         "BITS": bits,
         "GROUP": group_size,
         "HAS_ZEROS": len(tensors) == 3,
+        "WHOLE_PANELS": bits > 0 and apart % 16 == 0,
         "BLOCK_T": config.block_t,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
