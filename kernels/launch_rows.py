@@ -39,7 +39,7 @@ def rows_config(
     block_t = max(16, _power_of_2(num_tokens)) if use_dot else 1
     # Two programs on every multiprocessor at least, or the last ones run alone. Quantised panels have 16 rows, which
     # are contiguous word by word: a place of a pair takes a whole panel.
-    wide = paired if bits <= 8 else use_dot and rows >= 64 * sms
+    wide = paired or (use_dot and bits == 4) if bits <= 8 else use_dot and rows >= 64 * sms
     block_n = 32 if wide else 16
     if bits > 8:
         # One token: 512 inputs of 16 rows are 64 float32 sums of each of 128 threads.
