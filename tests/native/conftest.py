@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels, built once for all tests that run them."""
+"""Where the tests of csrc/cuda run: emulated on the CPU, built once, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from depthprune_runtime.ops import implementations
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+# Only C++ has this op for CUDA.
+HAS_GPU = torch.cuda.is_available() and implementations("rotary_kv_write")["CUDA"] == "native"
+
+
+@pytest.fixture(scope="session")
+def needs_gpu() -> None:
+    if not HAS_GPU:
+        pytest.skip("no CUDA device, or built without its kernels: the kernels of csrc/cuda are only emulated")
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +36,28 @@ def set_order() -> Callable[[int], None]:
     return order
 
 
+@pytest.fixture(params=["emulated", "gpu"] if HAS_GPU else ["emulated"])
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the kernels run that `emulation.call` calls."""
+    import emulation
+
+    if request.param == "emulated":
+        request.getfixturevalue("set_order")
+    emulation.TARGET.gpu = request.param == "gpu"
+    yield request.param
+    emulation.TARGET.gpu = False
+
+
 @pytest.fixture(params=[0, 1, 7], ids=["forwards", "backwards", "shuffled"])
-def any_order(request: pytest.FixtureRequest, set_order: Callable[[int], None]) -> Iterator[None]:
+def any_order(request: pytest.FixtureRequest, target: str) -> Iterator[None]:
     """The threads of a block in this order; the same test passes in each, or a barrier is missing."""
-    set_order(request.param)
+    if target == "gpu":
+        yield
+        return
+    order = request.getfixturevalue("set_order")
+    order(request.param)
     yield
-    set_order(0)
+    order(0)
 
 
 @pytest.fixture

@@ -77,7 +77,18 @@ def test_no_slot_at_all_writes_nothing():
 def test_the_schema(normed):
     q, k, v, cache = draw(0, 3, 4, 8), draw(1, 3, 2, 8), draw(2, 3, 2, 8), draw(3, 4, 2, 2, 8)
     gains = (draw(4, 4, 8), draw(5, 2, 8)) if normed else (None, None)
-    arguments = (q, k, v, *gains, EPS, table(8), torch.tensor([3, 0, 2]), cache, cache.clone(), torch.tensor([5, -1, 2]))
+    arguments = (
+        q,
+        k,
+        v,
+        *gains,
+        EPS,
+        table(8),
+        torch.tensor([3, 0, 2]),
+        cache,
+        cache.clone(),
+        torch.tensor([5, -1, 2]),
+    )
     torch.library.opcheck(rotary_kv_write, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
