@@ -8,12 +8,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 
 #include "check.h"
 #include "cpu/arguments.h"
 #include "cpu/norm.h"
 #include "cpu/simd.h"
+#include "rows_of.h"
 
 namespace depthprune {
 namespace {
@@ -24,28 +24,6 @@ constexpr int64_t kGrain = 32768;
 // Squares are summed in blocks of this many: on 4-lane vectors one running sum over 16384 float32 channels, an outlier
 // among them, erred by more than twice what plain torch errs.
 constexpr int64_t kBlock = 512;
-
-// The rows of t, or nothing where its last dimension is strided or the others do not merge into two.
-std::optional<Rows> rows_of(const at::Tensor& t) {
-  if (t.size(-1) != 1 && t.stride(-1) != 1) return std::nullopt;
-  int64_t sizes[2];
-  int64_t strides[2];
-  int count = 0;
-  for (int64_t d = t.dim() - 2; d >= 0; --d) {
-    if (t.size(d) == 1) continue;
-    if (count > 0 && t.stride(d) == sizes[count - 1] * strides[count - 1]) {
-      sizes[count - 1] *= t.size(d);
-      continue;
-    }
-    if (count == 2) return std::nullopt;
-    sizes[count] = t.size(d);
-    strides[count] = t.stride(d);
-    ++count;
-  }
-  if (count == 0) return Rows{};
-  if (count == 1) return Rows{1, strides[0], 0};
-  return Rows{sizes[0], strides[1], strides[0]};
-}
 
 // Sum of squares of up to kBlock values. The simd reduction allows partial sums; without it the loop would wait for
 // one addition after the other.
@@ -142,9 +120,6 @@ void check(const char* op, const at::Tensor& x, const at::Tensor& weight) {
       c10::str("dtype ", x.scalar_type(), " (that of x) or Float"), weight.scalar_type());
   DEPTHPRUNE_CHECK(weight.is_cpu(), op, "weight", "device cpu", weight.device());
 }
-
-// t, or a dense copy where its rows have no simple offsets: slower, for callers that the engine does not have.
-at::Tensor with_rows(const at::Tensor& t) { return rows_of(t) ? t : t.contiguous(); }
 
 // `residual` may be undefined. The result has the strides that the reference gives it.
 at::Tensor run(const at::Tensor& input, const at::Tensor& residual, const at::Tensor& weight, double eps) {

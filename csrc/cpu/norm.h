@@ -4,21 +4,9 @@
 #include <cstdint>
 
 #include "cpu/dtype.h"
+#include "rows.h"
 
 namespace depthprune {
-
-// Row r of a tensor starts at (r / inner) * outer_stride + (r % inner) * inner_stride: enough for [T, C], and for the
-// heads [T, H, D] of a wider projection.
-struct Rows {
-  int64_t inner = 1;
-  int64_t outer_stride = 0;
-  int64_t inner_stride = 0;
-
-  int64_t offset(int64_t row) const {
-    if (inner == 1) return row * outer_stride;
-    return row / inner * outer_stride + row % inner * inner_stride;
-  }
-};
 
 struct Norm {
   const void* x;       // [T, C]

@@ -1,7 +1,8 @@
 """The contract of every op: schema, plain-torch reference, wrapper with shapes.
 
-Importing this package also binds what is built: the C++ extension (CPU) and, on a machine with a
-CUDA device and Triton, the kernels. What is missing is said once in the log, and the reference runs.
+Importing this package also binds what is built: the C++ extension (CPU, and CUDA where it was built for it) and, on a
+machine with a CUDA device and Triton, the kernels of ops that C++ does not serve there. Who serves CUDA and what is
+missing is said once in the log, and the reference runs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from depthprune_runtime.ops.norm_linear import norm_gated_linear, norm_linear, n
 from depthprune_runtime.ops.norm_qkv import norm_qkv
 from depthprune_runtime.ops.quantized_linear import quantized_linear
 from depthprune_runtime.ops.rotary import rotary
+from depthprune_runtime.ops.rotary_kv_write import rotary_kv_write
 
 __all__ = [
     "add_rms_norm",
@@ -41,6 +43,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rotary",
+    "rotary_kv_write",
     "silu_mul",
     "varlen_attention",
 ]
@@ -52,11 +55,24 @@ try:
 except ImportError as error:
     _log.warning("C++ extension not loaded (%s): CPU ops run as plain torch; reinstall to build it", error)
 
-if torch.version.cuda is not None and torch.cuda.is_available():
+
+def _bind_triton() -> None:
+    """Bind the Triton kernels of the ops that the C++ extension has not registered for CUDA: one owner an op."""
+    names = ("add_rms_norm", "rms_norm")
+    missing = [name for name in names if implementations(name)["CUDA"] == "reference"]
+    if len(missing) < len(names):
+        _log.info("CUDA: C++ serves %s", ", ".join(name for name in names if name not in missing))
+    if not missing:
+        return
     try:
-        from depthprune_runtime.kernels import norm as _triton_norm
+        from depthprune_runtime.kernels import norm
     except ImportError as error:
         _log.warning("Triton kernels not loaded (%s): CUDA ops run as plain torch; install triton", error)
-    else:
-        bind("add_rms_norm", _triton_norm.add_rms_norm, "CUDA")
-        bind("rms_norm", _triton_norm.rms_norm, "CUDA")
+        return
+    for name in missing:
+        bind(name, getattr(norm, name), "CUDA")
+    _log.info("CUDA: Triton serves %s", ", ".join(missing))
+
+
+if torch.version.cuda is not None and torch.cuda.is_available():
+    _bind_triton()

@@ -1,0 +1,32 @@
+// RMSNorm over rows in device memory; see norm.cu.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dtype.h"
+#include "rows.h"
+
+struct CUstream_st;  // cudaStream_t without the toolkit's headers
+
+namespace depthprune::cuda {
+
+struct Norm {
+  const void* x;       // [T, C]
+  void* residual;      // [T, C], or null
+  const void* weight;  // [weight_rows, C], dense; row r of x takes row r % weight_rows
+  void* out;           // [T, C], may be x
+  Rows x_rows;
+  Rows residual_rows;
+  Rows out_rows;
+  int64_t num_rows;
+  int64_t hidden_size;
+  int64_t weight_rows;
+  float eps;
+  Dtype dtype;
+  Dtype weight_dtype;  // dtype or float32
+};
+
+// Queues the norm of all rows; with a residual, x is first added to it. Throws if the launch fails.
+void norm(const Norm& norm, CUstream_st* stream);
+
+}  // namespace depthprune::cuda

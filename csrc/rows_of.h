@@ -1,0 +1,37 @@
+// From tensors to the rows that the norm kernels of every device take.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "rows.h"
+
+namespace depthprune {
+
+// The rows of t, or nothing where its last dimension is strided or the others do not merge into two.
+inline std::optional<Rows> rows_of(const at::Tensor& t) {
+  if (t.size(-1) != 1 && t.stride(-1) != 1) return std::nullopt;
+  int64_t sizes[2];
+  int64_t strides[2];
+  int count = 0;
+  for (int64_t d = t.dim() - 2; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (count > 0 && t.stride(d) == sizes[count - 1] * strides[count - 1]) {
+      sizes[count - 1] *= t.size(d);
+      continue;
+    }
+    if (count == 2) return std::nullopt;
+    sizes[count] = t.size(d);
+    strides[count] = t.stride(d);
+    ++count;
+  }
+  if (count == 0) return Rows{};
+  if (count == 1) return Rows{1, strides[0], 0};
+  return Rows{sizes[0], strides[1], strides[0]};
+}
+
+// t, or a dense copy where its rows have no simple offsets: slower, for callers that the engine does not have.
+inline at::Tensor with_rows(const at::Tensor& t) { return rows_of(t) ? t : t.contiguous(); }
+
+}  // namespace depthprune
