@@ -52,7 +52,7 @@ def next_tokens_kernel(
     chosen = tl.where(finite, chosen, -1)
 
     count = tl.load(counts_ptr + row)
-    inside = (tl.load(context_lens_ptr + row) > 0) & (count < num_steps)
+    inside = (tl.load(slots_ptr + row) >= 0) & (count < num_steps)
     tl.store(tokens_ptr + count * batch + row, chosen, mask=inside)
     tl.store(counts_ptr + row, count + 1, mask=inside)
     stop = tl.arange(0, BLOCK_I)
@@ -64,7 +64,7 @@ def next_tokens_kernel(
     slot = tl.load(block_tables_ptr + row * num_blocks + block) * kv_block_size + position % kv_block_size
     tl.store(positions_ptr + row, position)
     tl.store(slots_ptr + row, tl.where(going, slot, -1))
-    tl.store(context_lens_ptr + row, tl.where(going, position + 1, 0))
+    tl.store(context_lens_ptr + row, tl.where(going, position + 1, 1))
     tl.store(ids_ptr + row, chosen, mask=going)
 
 

@@ -4,8 +4,10 @@ Nothing of it needs the host, so steps can follow one another without waiting fo
 in place; a row that has ended (or never held a request) writes no keys, and its tokens mean nothing:
 
     ids [B]              the token of the next step            slots [B]      where its key and value go, -1: nowhere
-    positions [B]        its position                          context_lens [B]   positions + 1, 0 for an ended row
+    positions [B]        its position                          context_lens [B]   positions + 1; 1 of an ended row
     counts [B]           tokens chosen so far = row of `tokens` that is written next
+
+A row with a slot is live.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def _next_tokens(
     largest, place = best.max(-1)
     chosen = candidates.gather(1, place[:, None])[:, 0].long()
     chosen = torch.where(torch.isfinite(largest), chosen, -1)
-    live = context_lens > 0
+    live = slots >= 0
     rows = torch.arange(ids.shape[0], device=ids.device)
     inside = live & (counts < tokens.shape[0])
     tokens[counts[inside], rows[inside]] = chosen[inside]
@@ -42,7 +44,7 @@ def _next_tokens(
     block = (positions // kv_block_size).clamp_max(block_tables.shape[1] - 1)
     slot = block_tables[rows, block] * kv_block_size + positions % kv_block_size
     slots.copy_(torch.where(going, slot, -1))
-    context_lens.copy_(torch.where(going, positions + 1, 0))
+    context_lens.copy_(torch.where(going, positions + 1, 1))
     ids.copy_(torch.where(going, chosen, ids))
 
 

@@ -181,8 +181,8 @@ def state(batch: int, runs: int, seed: int) -> dict[str, Tensor]:
         "block_tables": torch.randint(0, 50, (batch, 3), generator=generator),
         "ids": torch.arange(batch),
         "positions": positions,
-        "slots": torch.arange(batch),
-        "context_lens": torch.where(torch.arange(batch) == 5, 0, positions + 1),
+        "slots": torch.where(torch.arange(batch) == 5, -1, torch.arange(batch)),
+        "context_lens": positions + 1,
         "counts": torch.tensor([0, 0, 1, 1, 2, 0, 3])[:batch],
         "tokens": torch.full((3, batch), -7),
     }
@@ -200,7 +200,7 @@ def test_next_tokens(runs: int) -> None:
         results.append(s)
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
-    assert results[0]["context_lens"][0] == 0, "a stop token ends the row"
+    assert results[0]["slots"][0] == -1, "a stop token ends the row"
 
 
 def test_errors_name_the_argument() -> None:
