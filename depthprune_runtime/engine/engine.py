@@ -51,7 +51,8 @@ class Engine:
     memory; None is 0.9 of a GPU's, 0.5 of a CPU's. Never more is taken than `max_num_seqs` full contexts need.
     max_num_seqs: outputs running at once; max_num_batched_tokens: tokens computed in a step, prompts in chunks;
     max_waiting: outputs in the waiting queue, None for any number; enable_prefix_caching: reuse keys and values of
-    equal beginnings.
+    equal beginnings; decode_steps: tokens a request that a GPU may compute before the host looks at them, 1 to 16,
+    while all requests are greedy and none waits: their deltas come in bursts of as many.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class Engine:
         max_num_batched_tokens: int = 2048,
         max_waiting: int | None = 1024,
         enable_prefix_caching: bool = True,
+        decode_steps: int = 8,
     ) -> None:
         _at_least("kv_block_size", kv_block_size, 1)
         _at_least("max_num_seqs", max_num_seqs, 1)
         _at_least("max_num_batched_tokens", max_num_batched_tokens, max_num_seqs, " (max_num_seqs)")
         if max_waiting is not None:
             _at_least("max_waiting", max_waiting, 1)
+        _at_least("decode_steps", decode_steps, 1)
         self.inputs = inputs
         self._decoder = decoder
         memory = kv_bytes(default_kv_memory(decoder.device) if kv_memory is None else kv_memory, decoder.device)
@@ -83,6 +86,7 @@ class Engine:
         self._pool = KVBlockPool(count, kv_block_size, enable_prefix_caching)
         self._scheduler = Scheduler(self._pool, max_num_seqs, max_num_batched_tokens, max_waiting)
         self._runner = Runner(decoder, self._cache, max_num_seqs)
+        self._decode_steps = min(decode_steps, self._runner.max_steps)
         self._groups: dict[str, RequestGroup] = {}
         self._samplers: dict[int, RequestSampler] = {}  # by arrival
         self._news: list[OutputDelta] = []  # of aborted requests, for the next step
@@ -155,14 +159,41 @@ class Engine:
             deltas, self._news = self._news, []
             chunks = self._scheduler.schedule()
             if chunks:
-                self._num_steps += 1
-                logits = self._runner.run(chunks)
-                if logits is not None:
-                    deltas += self._sample(chunks, logits)
+                deltas += self._compute(chunks)
             return deltas
         except BaseException as error:
             self._stop(error)
             raise
+
+    def _compute(self, chunks: list[Chunk]) -> list[OutputDelta]:
+        steps = self._steps_ahead(chunks)
+        tokens = self._runner.run_ahead(chunks, steps) if steps > 1 else None
+        if tokens is not None:
+            self._num_steps += steps
+            return self._take_ahead(chunks, tokens.tolist())
+        self._num_steps += 1
+        logits = self._runner.run(chunks)
+        return [] if logits is None else self._sample(chunks, logits)
+
+    def _steps_ahead(self, chunks: list[Chunk]) -> int:
+        """Steps that can follow one another before anything of theirs is needed here."""
+        if self._decode_steps == 1:
+            return 1
+        requests = [c.request for c in chunks]
+        steps = min(self._decode_steps, *(r.max_new_tokens - r.num_output_tokens for r in requests))
+        greedy = all(self._samplers[r.arrival].plain_greedy and r.params.logprobs is None for r in requests)
+        return steps if steps > 1 and greedy and self._scheduler.reserve(chunks, steps) else 1
+
+    def _take_ahead(self, chunks: Sequence[Chunk], tokens: list[list[int]]) -> list[OutputDelta]:  # [steps][R]
+        deltas = []
+        for row in tokens:
+            for (request, *_), token in zip(chunks, row, strict=True):
+                if not request.finished:  # what a request computed after its end is dropped
+                    deltas.append(self._advance(request, token, None))
+        for request, *_ in chunks:
+            if not request.finished:
+                self._scheduler.catch_up(request)
+        return deltas
 
     def _sample(self, chunks: Sequence[Chunk], logits: Tensor) -> list[OutputDelta]:  # [R, V]
         requests = [c.request for c in chunks if c.samples]

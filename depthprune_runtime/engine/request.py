@@ -89,6 +89,11 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end it."""
+        return sorted(self._eos_ids | self._stop_ids)
+
+    @property
     def max_cached_tokens(self) -> int:
         """Tokens in the cache at its longest; the last token of an output is never fed back."""
         return self.num_prompt_tokens + self.max_new_tokens - 1

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from depthprune_runtime.engine.decode_loop import MAX_STEPS, Rows, build_decode_loop
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.engine.scheduler import Chunk
 from depthprune_runtime.model.batch import Batch, PagedContext
@@ -58,9 +59,33 @@ class Runner:
         self._cache = cache
         self._tables = _SeatTables(max_num_seqs)
         self._step = build_decode_step(decoder, cache.pairs)
+        self._loop = build_decode_loop(decoder, cache)
+
+    @property
+    def max_steps(self) -> int:
+        """Most steps of `run_ahead`; 1 where the host is needed for every token."""
+        return 1 if self._loop is None else MAX_STEPS
+
+    def run_ahead(self, chunks: Sequence[Chunk], steps: int) -> Ints | None:  # [steps, R]
+        """The next greedy tokens of requests with one token to compute each and room for `steps` in their tables.
+
+        -1: logits that are not finite; what follows a request's end means nothing. None where the loop does not take
+        the batch. The host looks at nothing in between.
+        """
+        stop_ids = [c.request.end_ids for c in chunks]
+        if self._loop is None or not self._loop.fits(len(chunks), stop_ids):
+            return None
+        return self._loop.tokens(self._rows(chunks, stop_ids), steps)
+
+    def _rows(self, chunks: Sequence[Chunk], stop_ids: list[list[int]]) -> Rows:
+        ids = np.array([c.request.token_ids[c.start] for c in chunks], dtype=np.int64)
+        starts = np.array([c.start for c in chunks], dtype=np.int64)
+        return Rows(ids, starts, self._tables.rows(chunks), stop_ids)
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor | None:  # [R, V]
         """Compute the chunks' tokens; logits of those that sample, in order, or None if there are none."""
+        if self._loop is not None and self._loop.fits(len(chunks)) and all(c.samples and c.length == 1 for c in chunks):
+            return self._loop.logits(self._rows(chunks, [[] for _ in chunks]))
         ids: list[int] = []
         for request, start, length, _ in chunks:
             if length == 1:

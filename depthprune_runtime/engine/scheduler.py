@@ -160,6 +160,20 @@ class Scheduler:
         chunks.append(Chunk(request, start, length, end == len(request.token_ids)))
         return length
 
+    def reserve(self, chunks: list[Chunk], steps: int) -> bool:
+        """Room for `steps` decode steps of `chunks`, the one scheduled among them, if nobody else is to be served."""
+        if self.num_waiting or len(chunks) != len(self.running) or not all(c.samples and c.length == 1 for c in chunks):
+            return False
+        tables = [(c.request.table, c.start + steps) for c in chunks]
+        missing = sum(self.pool.blocks_for(end) - len(t.kv_blocks) for t, end in tables if t is not None)
+        return missing <= self.pool.num_free and all(self.pool.grow(t, end) for t, end in tables if t is not None)
+
+    def catch_up(self, request: Request) -> None:
+        """Tell of a running request that all its tokens but the last were computed, in steps that nobody scheduled."""
+        assert request.table is not None
+        request.num_computed = len(request.token_ids) - 1
+        self.pool.publish(request.table, request.token_ids, request.num_computed)
+
     def _admit(self) -> Request | None:
         """Move the first in line to the running requests, if there is a seat and memory."""
         while self._waiting and self._waiting[0][1].finished:
