@@ -11,7 +11,8 @@ import logging
 
 import torch
 
-from depthprune_runtime.ops._library import bind, implementations
+from depthprune_runtime.ops._library import implementations
+from depthprune_runtime.ops._triton import bind_triton
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.attention import paged_attention, varlen_attention
 from depthprune_runtime.ops.greedy import greedy
@@ -56,23 +57,5 @@ except ImportError as error:
     _log.warning("C++ extension not loaded (%s): CPU ops run as plain torch; reinstall to build it", error)
 
 
-def _bind_triton() -> None:
-    """Bind the Triton kernels of the ops that the C++ extension has not registered for CUDA: one owner an op."""
-    names = ("add_rms_norm", "rms_norm")
-    missing = [name for name in names if implementations(name)["CUDA"] == "reference"]
-    if len(missing) < len(names):
-        _log.info("CUDA: C++ serves %s", ", ".join(name for name in names if name not in missing))
-    if not missing:
-        return
-    try:
-        from depthprune_runtime.kernels import norm
-    except ImportError as error:
-        _log.warning("Triton kernels not loaded (%s): CUDA ops run as plain torch; install triton", error)
-        return
-    for name in missing:
-        bind(name, getattr(norm, name), "CUDA")
-    _log.info("CUDA: Triton serves %s", ", ".join(missing))
-
-
 if torch.version.cuda is not None and torch.cuda.is_available():
-    _bind_triton()
+    bind_triton()

@@ -10,7 +10,7 @@ import torch
 from accuracy import assert_as_accurate
 from torch import Tensor
 
-from depthprune_runtime.kernels import linear_add, next_tokens, norm_linear, norm_qkv
+from depthprune_runtime.kernels import linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.ops import _weight
 from depthprune_runtime.ops._library import REFERENCES
@@ -140,6 +140,35 @@ def test_norm_qkv(kind: str, tokens: int, heads: int, kv_heads: int, dim: int, p
     q, k, v = exact.split((heads, kv_heads, kv_heads), dim=1)
     truth = [q, k[slots >= 0], v[slots >= 0]]
     for name, a, b, c, d in zip("qkv", first, again, baseline, truth, strict=True):
+        assert torch.equal(a, b), f"{name}: two runs differ"
+        assert_as_accurate(a, c, d, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed_heads", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), [(3, 1, 24, 4), (6, 2, 16, 1)])
+def test_rotary_kv_write(
+    heads: int, kv_heads: int, dim: int, page: int, normed_heads: bool, dtype: torch.dtype
+) -> None:
+    tokens = 5
+    packed_heads = draw(0, tokens, heads + 2 * kv_heads, dim)
+    packed_heads[:, :, dim // 3] *= 100
+    table = RotaryTable(RopeSpec(), dim, torch.device("cpu")).rows(300)
+    positions = torch.randint(0, 300, (tokens,), generator=torch.Generator().manual_seed(1))
+    slots = torch.tensor([3, 0, -1, 7, 5])
+    gains = [1 + 0.2 * draw(2, n, dim) for n in (heads, kv_heads)] if normed_heads else [None, None]
+
+    def run(function, kind: torch.dtype) -> list[Tensor]:
+        parts = packed_heads.to(dtype).to(kind).clone()
+        q, k, v = parts.split((heads, kv_heads, kv_heads), dim=1)
+        caches = [torch.full((8 // page + 1, page, kv_heads, dim), torch.nan, dtype=kind) for _ in range(2)]
+        of_kind = [None if g is None else g.to(dtype).to(kind) for g in gains]
+        function(q, k, v, *of_kind, EPS, table.to(torch.float32), positions, *caches, slots)
+        return [parts, *(c.flatten(0, 1)[slots[slots >= 0]] for c in caches)]
+
+    first, again = run(rotary_kv_write.rotary_kv_write, dtype), run(rotary_kv_write.rotary_kv_write, dtype)
+    baseline, truth = run(REFERENCES["rotary_kv_write"], dtype), run(REFERENCES["rotary_kv_write"], torch.float32)
+    for name, a, b, c, d in zip(("packed", "keys", "values"), first, again, baseline, truth, strict=True):
         assert torch.equal(a, b), f"{name}: two runs differ"
         assert_as_accurate(a, c, d, name)
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: ahead-of-time com
 
 from ahead_of_time import check, record
 
-from depthprune_runtime.kernels import linear_add, next_tokens, norm_linear, norm_qkv
+from depthprune_runtime.kernels import linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
 from depthprune_runtime.quantized import QuantSpec
 
 # hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size
@@ -88,3 +88,18 @@ def test_next_tokens(capability: int, tmp_path: Path) -> None:
         lambda: next_tokens.next_tokens(best, candidates, stop_ids, tables, 16, *longs, tokens), capability
     )
     check(launch, capability, tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (32, 32, 80)])
+def test_rotary_kv_write(heads: int, kv_heads: int, dim: int, capability: int, tmp_path: Path) -> None:
+    q, k, v = meta(8, heads + 2 * kv_heads, dim).split((heads, kv_heads, kv_heads), dim=1)
+    table, longs, cache = meta(4096, 2, dim // 2, dtype=torch.float32), meta(8).long(), meta(64, 16, kv_heads, dim)
+    for gains in ((meta(heads, dim), meta(kv_heads, dim)), (None, None)):
+        (launch,) = record(
+            lambda gains=gains: rotary_kv_write.rotary_kv_write(
+                q, k, v, *gains, 1e-5, table, longs, cache, cache, longs
+            ),
+            capability,
+        )
+        check(launch, capability, tmp_path)
