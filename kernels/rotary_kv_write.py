@@ -64,7 +64,7 @@ def rotary_kv_write_kernel(
         place = k_ptr + token * k_token_stride + kv_head * k_head_stride + pairs
     a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(place + HALF_DIM, mask=inside, other=0.0).to(tl.float32)
-    if Q_NORM:  # noqa: SIM102: the outer condition is known when it is compiled, the inner one is not
+    if Q_NORM:  # noqa: SIM102  known when compiled, the inner condition is not
         if is_query:
             a, b = _normalised(a, b, q_gain_ptr + head * 2 * HALF_DIM, pairs, inside, HALF_DIM, eps)
     if K_NORM:  # noqa: SIM102
