@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,13 @@ def needs_gpu() -> None:
 
 
 @pytest.fixture(scope="session")
-def set_order() -> Callable[[int], None]:
-    """Loads the emulated kernels; chooses in which order the threads of a block run."""
+def emulated() -> ctypes.CDLL:
+    """The emulated kernels, and what controls the emulation."""
     if not sys.platform.startswith("linux") or shutil.which("g++") is None:
         pytest.skip("g++ on Linux is not there: the CUDA kernels are not run on the CPU")
     import emulation
 
-    order: Callable[[int], None] = emulation.load().set_order
-    return order
+    return emulation.load()
 
 
 @pytest.fixture(params=["emulated", "gpu"] if HAS_GPU else ["emulated"])
@@ -42,7 +42,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
     import emulation
 
     if request.param == "emulated":
-        request.getfixturevalue("set_order")
+        request.getfixturevalue("emulated")
     emulation.TARGET.gpu = request.param == "gpu"
     yield request.param
     emulation.TARGET.gpu = False
@@ -54,10 +54,10 @@ def any_order(request: pytest.FixtureRequest, target: str) -> Iterator[None]:
     if target == "gpu":
         yield
         return
-    order = request.getfixturevalue("set_order")
-    order(request.param)
+    library = request.getfixturevalue("emulated")
+    library.set_order(request.param)
     yield
-    order(0)
+    library.set_order(0)
 
 
 @pytest.fixture

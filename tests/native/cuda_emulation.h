@@ -72,6 +72,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 
 inline int emulation_order = 0;  // 0 forwards, 1 backwards, else the seed of a random order for every round
+inline bool emulation_refuses = false;  // every launch
 
 namespace emulation {
 
@@ -210,8 +211,8 @@ cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
   const dim3 grid = config->gridDim;
   const size_t threads = config->blockDim.count();
-  const bool possible = grid.count() > 0 && grid.x <= INT32_MAX && grid.y <= 65535 && grid.z <= 65535 && threads > 0 &&
-                        threads <= 1024 && config->blockDim.z <= 64;
+  const bool possible = !emulation_refuses && grid.count() > 0 && grid.x <= INT32_MAX && grid.y <= 65535 &&
+                        grid.z <= 65535 && threads > 0 && threads <= 1024 && config->blockDim.z <= 64;
   if (!possible) return cudaErrorInvalidConfiguration;
   emulation::run_grid(grid, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;

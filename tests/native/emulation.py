@@ -26,7 +26,10 @@ BINDINGS = sorted((ROOT / "csrc" / "cuda").glob("*_binding.cpp"))
 # Products and sums stay apart where the source says so, and a misaligned vector stops the process.
 KERNEL_FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-ORDER = '#include "cuda_emulation.h"\nextern "C" void set_order(int order) { emulation_order = order; }\n'
+CONTROLS = """#include "cuda_emulation.h"
+extern "C" void set_order(int order) { emulation_order = order; }
+extern "C" void refuse_launches(bool refuse) { emulation_refuses = refuse; }
+"""
 # After the headers, so that only the bindings' own registrations change their key.
 PREFIX = """#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -74,13 +77,13 @@ def digest() -> str:
 
 def compile_and_link(folder: Path, library: Path) -> None:
     emulated = [f"-I{HERE / 'emulated'}", f"-I{HERE}"]
-    objects = [folder / f"{name}.o" for name in (*(path.stem for path in KERNELS), "bindings", "order")]
+    objects = [folder / f"{name}.o" for name in (*(path.stem for path in KERNELS), "bindings", "controls")]
     kernel_flags = [*KERNEL_FLAGS, *emulated, f"-I{ROOT / 'csrc'}"]
     for source, target in zip(KERNELS, objects, strict=False):
         gxx([*kernel_flags, "-x", "c++", "-c", str(source), "-o", str(target)])
     flags = ["-std=c++20", "-O0", *emulated, *torch_includes()]
     gxx([*flags, "-x", "c++", "-c", "-", "-o", str(objects[-2])], PREFIX + in_one(BINDINGS))
-    gxx([*kernel_flags, "-x", "c++", "-c", "-", "-o", str(objects[-1])], ORDER)
+    gxx([*kernel_flags, "-x", "c++", "-c", "-", "-o", str(objects[-1])], CONTROLS)
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     unfinished = folder / "emulated.so"
     gxx(["-shared", *map(str, objects), "-o", str(unfinished), *paths, "-ltorch_cpu", "-lc10"])
@@ -88,7 +91,7 @@ def compile_and_link(folder: Path, library: Path) -> None:
 
 
 def load() -> ctypes.CDLL:
-    """The library, built once; its `set_order` chooses in which order the threads of a block run."""
+    """The library, built once. `set_order` chooses in which order the threads of a block run."""
     import fcntl  # not on Windows, where the tests are skipped
 
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -96,6 +99,8 @@ def load() -> ctypes.CDLL:
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test workers: one builds, the others wait
         if not library.exists():
+            for stale in BUILD.glob("*.so"):
+                stale.unlink()
             with tempfile.TemporaryDirectory(dir=BUILD) as folder:
                 compile_and_link(Path(folder), library)
     torch.ops.load_library(library)

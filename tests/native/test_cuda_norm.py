@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from accuracy import assert_as_accurate
@@ -163,3 +165,14 @@ def test_errors_name_the_argument() -> None:
         call("add_rms_norm", x, torch.ones(1, 8), weight, EPS)
     with pytest.raises(ValueError, match=r"head_rms_norm: expected weight of shape \[2, 4\], got \[4\]"):
         call("head_rms_norm", torch.ones(3, 2, 4), torch.ones(4), EPS)
+
+
+def test_a_refused_launch_is_an_error(emulated: ctypes.CDLL, target: str) -> None:
+    if target == "gpu":
+        pytest.skip("a GPU refuses no launch of these")
+    emulated.refuse_launches(True)
+    try:
+        with pytest.raises(RuntimeError, match="add_rms_norm: the launch failed: invalid configuration argument"):
+            call("add_rms_norm", torch.ones(2, 8), torch.ones(2, 8), torch.ones(8), EPS)
+    finally:
+        emulated.refuse_launches(False)

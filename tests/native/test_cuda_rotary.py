@@ -139,6 +139,32 @@ def test_with_norm(shape: tuple[int, int, int, int], dtype: torch.dtype, wide_ga
     assert same(caches, moved_caches)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "q_norm", "k_norm", "cos_sin", "k_cache", "v_cache", "none"])
+@pytest.mark.parametrize("how", ["address", "stride"])
+def test_one_tensor_that_vectors_cannot_take(name: str, how: str) -> None:
+    """Each tensor alone sends the launch to the scalar path; there a misaligned vector would end the process."""
+    case = Case((3, 4, 2, 64), torch.float16, normed=True)
+    expected, expected_caches = case.run(fused)
+    q, k, v = case.values.split(case.sizes, dim=1)
+    _, caches = case.tensors()
+    names = ("q", "k", "v", "q_norm", "k_norm", "eps", "cos_sin", "positions", "k_cache", "v_cache", "slot_mapping")
+    given = (q, k, v, *case.gains, EPS, case.table, case.positions, *caches, case.slots)
+    arguments = dict(zip(names, given, strict=True))
+    for key, x in arguments.items():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            arguments[key] = moved(x, how if key == name else "not at all")
+    fused(*arguments.values())
+    assert torch.equal(torch.cat([arguments[key] for key in "qkv"], 1), expected)
+    assert same(torch.stack([arguments["k_cache"], arguments["v_cache"]]), expected_caches)
+
+
+def moved(x: Tensor, how: str) -> Tensor:
+    """The same values elsewhere, one element off a vector's address, or in rows of an odd length."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + int(how == "stride")), torch.nan, dtype=x.dtype)
+    there = torch.full((wide.numel() + 8,), torch.nan, dtype=x.dtype)[int(how == "address") :][: wide.numel()]
+    return there.view(wide.shape)[..., : x.shape[-1]].copy_(x)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_gain_alone(which: int) -> None:
     case = Case((3, 4, 2, 64), torch.bfloat16, normed=True)
