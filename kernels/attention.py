@@ -78,7 +78,7 @@ def paged_attention(
     scale: float,
     window: int,
 ) -> Tensor:  # [T, H, D]
-    """Launcher of op `paged_attention`. Every request has a query or more, so as many queries as requests are a decode."""
+    """Launcher of op `paged_attention`. Every request has a query, so as many queries as requests are a decode."""
     op = "paged_attention"
     metadata = {"block_tables": (block_tables, 2), "context_lens": (context_lens, 1), "cu_seqlens_q": (cu_seqlens_q, 1)}
     _check(op, q, {"k_cache": k_cache, "v_cache": v_cache}, metadata, scale)

@@ -2,14 +2,14 @@
 
     out_h = sum_s p_hs v_s / l_h    p_hs = 2^(c q_h . k_s - m_h), l_h = sum_s p_hs, c = scale * log2(e)
 
-for the keys s in max(0, L - window) .. L of a request of L tokens; a context of 0 tokens gives zeros and reads no cache.
-Layout: head_dim is contiguous everywhere, the other strides are free. The H / K query heads of a KV group are the rows of
-one tile, so each key is read once; a group of one head multiplies without tensor cores.
-Grid: (B * K, splits). The tiles of BLOCK_N keys are dealt evenly to the splits by the request's own L, read on the device,
-so a captured launch serves every length; what is left over exits at once.
-Combining: each split leaves (m, l, o) in float32, and the last to arrive, by a ticket, adds all of them in the order of the
-splits. The ticket decides who adds, never in what order: two runs are bit-equal. A request's result depends on the others
-of its batch only through the number of splits, a static function of B * K and the width of the block tables.
+over keys max(0, L - window) <= s < L of a request of L tokens; L <= 0 gives zeros and reads no cache.
+Layout: head_dim is contiguous everywhere, the other strides are free. The H / K query heads of a KV group are the rows
+of one tile, so each key is read once; a group of one head multiplies without tensor cores.
+Grid: (B * K, splits). The tiles of BLOCK_N keys are dealt evenly to the splits by the request's own L, read on the
+device, so a captured launch serves every length; what is left over exits at once.
+Combining: each split leaves (m, l, o) in float32, and the last to arrive, by a ticket, adds all of them in the order of
+the splits. The ticket decides who adds, never in what order: two runs are bit-equal. A request's result depends on the
+others of its batch only through the number of splits, a static function of B * K and the width of the block tables.
 """
 
 from __future__ import annotations
@@ -50,12 +50,16 @@ def _load_tile(
 
 @triton.jit
 def _attend_head(
-    q, begin, end, first, length, scale, table_ptr, k_ptr, v_ptr, dims, in_dim,
+    q_ptr, begin, end, first, length, scale, table_ptr, k_ptr, v_ptr, dims, in_dim,
     k_block_stride, k_slot_stride, v_block_stride, v_slot_stride,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, KV_BLOCK: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One head, q [1, BLOCK_D]. Each slot of the tile keeps a softmax of its own: no warp waits for another."""
-    q = q.to(tl.float32) * scale
+    """One head. Each slot of the tile keeps a softmax of its own: no warp waits for another."""
+    # Loaded by the tile's first row and summed over rows, q [1, BLOCK_D] comes to lie as K does. Loaded as a row it
+    # would spread over all warps, Triton would make K follow it, and each tile would be summed across warps.
+    in_tile = (tl.arange(0, BLOCK_N) == 0)[:, None] & in_dim[None, :]
+    q_tile = tl.load(q_ptr + tl.zeros([BLOCK_N, 1], tl.int32) + dims[None, :], mask=in_tile, other=0.0)
+    q = tl.sum(q_tile.to(tl.float32), axis=0)[None, :] * scale
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -86,7 +90,7 @@ def _attend_group(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, KV_BLOCK: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The heads of a KV group, q [BLOCK_M, BLOCK_D]; every tile has a key that all rows see, so m is finite after it."""
+    """The heads of a KV group, q [BLOCK_M, BLOCK_D]; a tile has a key that all rows see, so m is finite after it."""
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -210,17 +214,17 @@ def paged_decode_kernel(
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     in_dim = dims < HEAD_DIM
     mask = (rows < GROUP)[:, None] & in_dim[None, :]
-    q_ptrs = q_ptr + request * q_token_stride + kv_head * GROUP * q_head_stride
-    q = tl.load(q_ptrs + rows[:, None] * q_head_stride + dims[None, :], mask=mask, other=0.0)
+    q_ptr += request * q_token_stride + kv_head * GROUP * q_head_stride
     table_ptr = tables_ptr + request * table_stride
     k_ptr += kv_head * k_head_stride
     v_ptr += kv_head * v_head_stride
     if BLOCK_M == 1:
         m, total, acc = _attend_head(
-            q, begin, end, first, length, scale, table_ptr, k_ptr, v_ptr, dims, in_dim,
+            q_ptr, begin, end, first, length, scale, table_ptr, k_ptr, v_ptr, dims, in_dim,
             k_block_stride, k_slot_stride, v_block_stride, v_slot_stride, BLOCK_N, BLOCK_D, KV_BLOCK, NUM_STAGES,
         )  # fmt: skip
     else:
+        q = tl.load(q_ptr + rows[:, None] * q_head_stride + dims[None, :], mask=mask, other=0.0)
         m, total, acc = _attend_group(
             q, begin, end, first, length, scale, table_ptr, k_ptr, v_ptr, dims, in_dim,
             k_block_stride, k_slot_stride, v_block_stride, v_slot_stride, BLOCK_M, BLOCK_N, BLOCK_D, KV_BLOCK,
@@ -228,9 +232,7 @@ def paged_decode_kernel(
         )  # fmt: skip
 
     out_ptr += request * out_token_stride + kv_head * GROUP * out_head_stride
-    if not SPLIT:
-        _store(out_ptr, out_head_stride, rows, dims, mask, total, acc)
-    elif used <= 1:
+    if not SPLIT or used <= 1:
         _store(out_ptr, out_head_stride, rows, dims, mask, total, acc)
     else:
         partial = pair * splits * GROUP

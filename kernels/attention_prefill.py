@@ -2,10 +2,10 @@
 
     out_t = sum_s p_ts v_s / l_t    p_ts = 2^(c q_t . k_s - m_t), l_t = sum_s p_ts, c = scale * log2(e)
 
-over keys s <= t, s > t - window, tile by tile with running m and l in float32 (Dao, arXiv 2307.08691). The queries of a
-sequence are the last of its context; a query without keys gives zeros.
-Layout: head_dim is contiguous everywhere, the other strides are free: q, k, v may be slices of one projection. Rows of a
-tile are tokens times the H / K query heads of a KV group, so any head count packs and each key is read once a group.
+over keys s <= t, s > t - window, tile by tile with running m and l in float32 (Dao, arXiv 2307.08691). The queries of
+a sequence are the last of its context; a query without keys gives zeros.
+Layout: head_dim is contiguous everywhere, the other strides are free: q, k, v may be slices of one projection. Rows of
+a tile are tokens times the H / K query heads of a KV group, so any head count packs and a group reads its keys once.
 Grid: (T // tokens a tile + B, K), a bound that needs no lengths. Sequence b owns the tiles from
 cu_seqlens[b] // tokens + b, which its program finds on the device; the one or none it does not need exits at once.
 A row's result depends on its own sequence alone.
@@ -13,7 +13,6 @@ A row's result depends on its own sequence alone.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -186,10 +185,10 @@ def prefill(
     """Launcher; arguments as attention.py has checked them."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[-2]
-    config = prefill_config(num_heads, num_kv_heads, head_dim, q.element_size(), capability_of(q.device))
+    paged = block_tables is not None
+    config = prefill_config(num_heads, num_kv_heads, head_dim, q.element_size(), paged, capability_of(q.device))
     group, num_requests = num_heads // num_kv_heads, cu_seqlens.shape[0] - 1
     tile_tokens = config.block_m // group
-    paged = block_tables is not None
     if not paged:
         k, v = k[None], v[None]  # one kv_block of all tokens, whose first stride is not used
     prefill_kernel[(num_tokens // tile_tokens + num_requests, num_kv_heads)](

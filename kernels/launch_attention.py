@@ -42,29 +42,39 @@ class AttentionConfig:
 
 def _check(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"attention: expected num_heads a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
-        )
+        raise ValueError(f"attention: expected num_heads a multiple of num_kv_heads, got {num_heads}, {num_kv_heads}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"attention: expected head_dim in 1 .. {MAX_HEAD_DIM}, got {head_dim}")
 
 
+def _stages(tiles: int, indirect: bool) -> int:
+    """num_stages for which Triton's pipeline holds `tiles` tiles of K and of V, or one more where wgmma reads them.
+
+    `indirect`: loads that depend on loads (keys on the block table) before a matrix product share the stages. With the
+    usual 3 the pipeline would hold one tile and load nothing ahead; a test counts the buffers.
+    """
+    return 2 * tiles + 1 if indirect else tiles + 1
+
+
 @functools.lru_cache(maxsize=256)
 def prefill_config(
-    num_heads: int, num_kv_heads: int, head_dim: int, element_size: int, capability: tuple[int, int]
+    num_heads: int, num_kv_heads: int, head_dim: int, element_size: int, paged: bool, capability: tuple[int, int]
 ) -> AttentionConfig:
     """Never a function of the tokens or requests: the tile sets the order of a row's sums."""
     _check(num_heads, num_kv_heads, head_dim)
     group = next_power_of_2(num_heads // num_kv_heads)
     if capability == _INTERPRETED:  # tiles so small that tests of few tokens have several
         return AttentionConfig(max(16, group), 16, 4, 1)
-    wide = head_dim > 128
     if element_size == 4:  # full float32 products run on the plain units, from registers
-        return AttentionConfig(max(32, group), 16 if wide else 32, 8 if wide else 4, 1)
-    # float32 sums [block_m, head_dim] take 64 registers a thread (128 where head_dim is 256).
-    if wide:
-        return AttentionConfig(max(64, group), 32, 4, 2)
-    return AttentionConfig(max(128, group), 64, 8, 3)
+        return AttentionConfig(max(32, group), 32 if head_dim <= 128 else 16, 8, 1)
+    # Whatever tile is one step wider needs more than the 255 registers of a thread (ptxas of Triton 3.6).
+    if capability >= (9, 0):
+        block_m, block_n, tiles = (128, 64, 2) if head_dim <= 128 else (64, 32, 2)
+    elif head_dim <= 128:
+        block_m, block_n, tiles = 128, 64 if head_dim <= 64 else 32, 3
+    else:
+        block_m, block_n, tiles = 64, 16, 2
+    return AttentionConfig(max(block_m, group), block_n, 8, _stages(tiles, indirect=paged))
 
 
 def _splits(programs: int, tiles: int, block_n: int, sm_count: int) -> tuple[int, int]:
@@ -106,4 +116,4 @@ def decode_config(
     block_n = max(16, min(64, 8192 // (next_power_of_2(head_dim) * element_size)))
     sm_count = sm_count or _SM_COUNTS.get(capability[0], 108)
     splits, min_tiles = _splits(batch * num_kv_heads, -(-max_context // block_n), block_n, sm_count)
-    return AttentionConfig(block_m, block_n, 4, 3, splits, min_tiles)
+    return AttentionConfig(block_m, block_n, 4, _stages(3, indirect=block_m > 1), splits, min_tiles)

@@ -44,9 +44,12 @@ except ImportError as error:
 
 if torch.version.cuda is not None and torch.cuda.is_available():
     try:
+        from depthprune_runtime.kernels import attention as _triton_attention
         from depthprune_runtime.kernels import norm as _triton_norm
     except ImportError as error:
         _log.warning("Triton kernels not loaded (%s): CUDA ops run as plain torch; install triton", error)
     else:
         bind("add_rms_norm", _triton_norm.add_rms_norm, "CUDA")
+        bind("paged_attention", _triton_attention.paged_attention, "CUDA")
         bind("rms_norm", _triton_norm.rms_norm, "CUDA")
+        bind("varlen_attention", _triton_attention.varlen_attention, "CUDA")

@@ -97,11 +97,11 @@ def paged(
     ("new", "heads", "kv_heads", "dim", "window", "dtype"),
     [
         ([1, 37, 2, 17], 3, 3, 8, 0, FULL),
-        ([5, 16, 70], 3, 1, 24, 0, HALF),
-        ([33, 40], 8, 2, 16, 9, FULL),
+        ([5, 16, 40], 3, 1, 24, 0, HALF),
+        ([33, 20], 8, 2, 16, 9, FULL),
         ([70, 3], 3, 1, 16, 40, HALF),
         ([20, 1, 9], 18, 6, 8, 0, HALF),
-        ([18, 4], 18, 18, 8, 5, FULL),
+        ([17, 3], 18, 18, 8, 5, FULL),
         ([40], 2, 1, 80, 1, HALF),
     ],
 )
@@ -153,7 +153,7 @@ def test_splits(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> N
     """Any number of splits, also more than tiles, and the tickets are zeros afterwards."""
     case = paged([1, 1], [70, 18], heads, kv_heads, 16, 16, FULL)
     base = decode_config(2, heads, kv_heads, 16, 96, 4, (0, 0))
-    for splits, min_tiles in [(1, 1), (2, 1), (3, 1), (3, 2), (5, 1), (9, 1)]:
+    for splits, min_tiles in [(2, 1), (3, 2), (9, 1)]:
         config = replace(base, splits=splits, min_tiles=min_tiles)
         monkeypatch.setattr(attention_decode, "decode_config", lambda *_, config=config: config)
         case.check()
@@ -222,7 +222,7 @@ def test_errors_name_the_argument() -> None:
         attention.varlen_attention(q, k, v, bounds, 0.0, 0)
     with pytest.raises(ValueError, match=r"expected cu_seqlens of int64, 1 dimension\(s\), .* got torch.float32"):
         attention.varlen_attention(q, k, v, bounds.float(), 0.125, 0)
-    with pytest.raises(ValueError, match=r"expected num_heads a multiple of num_kv_heads, got 3 and 2"):
+    with pytest.raises(ValueError, match=r"expected num_heads a multiple of num_kv_heads, got 3, 2"):
         attention.varlen_attention(q, k.expand(4, 2, 8), v.expand(4, 2, 8), bounds, 0.125, 0)
     case = paged([1, 1], [3, 4], 3, 1, 8, 4, FULL)
     with pytest.raises(ValueError, match=r"expected block_tables of 2 requests like context_lens, got 1"):
