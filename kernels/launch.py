@@ -36,7 +36,7 @@ def _norm(shape: tuple[int, ...], capability: tuple[int, int]) -> LaunchConfig:
     _, hidden_size = shape
     if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
         raise ValueError(f"norm: expected hidden_size in 1 .. {MAX_HIDDEN_SIZE}, got {hidden_size}")
-    block_size = _next_power_of_2(hidden_size)
+    block_size = next_power_of_2(hidden_size)
     # Short rows (per-head norms) share a program: 512 values fill two warps. Never a function of T: the order of
     # summation follows the tile, and a token's result must not depend on the batch around it.
     block_rows = max(1, 512 // block_size)
@@ -48,7 +48,7 @@ def _norm(shape: tuple[int, ...], capability: tuple[int, int]) -> LaunchConfig:
 _CONFIGS = {"rms_norm": _norm, "add_rms_norm": _norm}
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -64,3 +64,9 @@ def launch_config(op: str, shape: tuple[int, ...], capability: tuple[int, int]) 
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; (0, 0) on the CPU, where Triton's interpreter runs the kernels."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.lru_cache(maxsize=64)
+def sm_count_of(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 0 elsewhere: configurations then assume those of the capability."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

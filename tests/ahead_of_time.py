@@ -96,7 +96,9 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         aligned = False
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
-            aligned = value.data_ptr() % 16 == 0 if value.device.type != "meta" else not value.storage_offset()
+            # A meta tensor begins where its offset says: allocations themselves are aligned.
+            start = value.data_ptr() if value.device.type != "meta" else value.storage_offset() * value.element_size()
+            aligned = start % 16 == 0
         elif isinstance(value, bool):
             signature[name] = "i1"
         elif isinstance(value, int):

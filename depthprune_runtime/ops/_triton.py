@@ -18,8 +18,10 @@ LAUNCHERS = {
     "norm_linear": "norm_linear",
     "norm_logits": "norm_linear",
     "norm_qkv": "norm_qkv",
+    "paged_attention": "attention",
     "rms_norm": "norm",
     "rotary_kv_write": "rotary_kv_write",
+    "varlen_attention": "attention",
 }
 _log = logging.getLogger("depthprune_runtime")
 
