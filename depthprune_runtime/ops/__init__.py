@@ -13,6 +13,7 @@ import torch
 from depthprune_runtime.ops._library import bind, implementations
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.attention import paged_attention, varlen_attention
+from depthprune_runtime.ops.gated_linear import gated_linear
 from depthprune_runtime.ops.greedy import greedy
 from depthprune_runtime.ops.kv_cache import kv_write
 from depthprune_runtime.ops.linear import linear
@@ -22,6 +23,7 @@ from depthprune_runtime.ops.rotary import rotary
 
 __all__ = [
     "add_rms_norm",
+    "gated_linear",
     "greedy",
     "head_rms_norm",
     "implementations",
@@ -44,9 +46,11 @@ except ImportError as error:
 
 if torch.version.cuda is not None and torch.cuda.is_available():
     try:
+        from depthprune_runtime.kernels import gated_linear as _triton_gated_linear
         from depthprune_runtime.kernels import norm as _triton_norm
     except ImportError as error:
         _log.warning("Triton kernels not loaded (%s): CUDA ops run as plain torch; install triton", error)
     else:
         bind("add_rms_norm", _triton_norm.add_rms_norm, "CUDA")
+        bind("gated_linear", _triton_gated_linear.gated_linear, "CUDA")
         bind("rms_norm", _triton_norm.rms_norm, "CUDA")
