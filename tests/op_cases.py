@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from accuracy import assert_as_accurate
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.ops._library import REFERENCES
+from depthprune_runtime.ops._library import NAMESPACE, REFERENCES
 from depthprune_runtime.spec import RopeSpec
 
 GUARD = 64  # elements: keeps the alignment of what lies between
@@ -30,13 +31,24 @@ Arguments = tuple[Any, ...]
 EXACT = ("greedy", "kv_write")  # nothing is computed: equal bits
 
 
-def _plain_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In plain torch: the op's reference calls other ops, which have kernels."""
-    gate, up = torch.nn.functional.linear(x, weight, bias).chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+class _References(TorchDispatchMode):
+    """Runs the ops that a reference is made of as plain torch, too, so that no kernel is its own truth."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != NAMESPACE:
+            return func(*args, **(kwargs or {}))
+        with self:
+            return REFERENCES[func.name().split("::")[1]](*args, **(kwargs or {}))
 
 
-PLAIN: dict[str, Callable[..., Any]] = {**REFERENCES, "gated_linear": _plain_gated_linear}
+def plain(op: str) -> Callable[..., Any]:
+    """`op` in plain torch, on any device and in any dtype."""
+
+    def call(*arguments: Any) -> Any:
+        with _References():
+            return REFERENCES[op](*arguments)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -258,12 +270,12 @@ def verify(case: Case, dtype: torch.dtype, device: torch.device) -> None:
         assert torch.equal(_bits(first), _bits(second)), f"{case}: output {i} differs from run to run"
     # `.to` would make q, k and v contiguous, which only the speed of plain torch may notice
     baseline_arguments = tuple(a.to(device, copy=True) if isinstance(a, Tensor) else a for a in given)
-    baseline = outputs(case.op, PLAIN[case.op], baseline_arguments)
+    baseline = outputs(case.op, plain(case.op), baseline_arguments)
     if case.op in EXACT:
         for i, (actual, expected) in enumerate(zip(runs[0], baseline, strict=True)):
             assert torch.equal(_bits(actual), _bits(expected)), f"{case}: output {i} is not exact"
         return
     wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given)
-    truth = outputs(case.op, PLAIN[case.op], wide)
+    truth = outputs(case.op, plain(case.op), wide)
     for i, (actual, same, true) in enumerate(zip(runs[0], baseline, truth, strict=True)):
         assert_as_accurate(actual.to(CPU), same.to(CPU), true, f"{case}: output {i}")

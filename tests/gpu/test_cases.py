@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import CASES, Case, Draw, verify
+from op_cases import CASES, Case, Draw, plain, verify
 
 from depthprune_runtime.ops._library import REFERENCES
 
@@ -47,3 +47,10 @@ def test_draws_repeat() -> None:
     case = CASES["linear"][0]
     assert torch.equal(case.arguments(torch.float16)[0], case.arguments(torch.float16)[0])
     assert Draw(torch.float16, torch.Generator())(2, 3).dtype == torch.float16
+
+
+def test_plain_runs_no_kernel() -> None:
+    """A reference made of ops runs their references: the C++ kernels would refuse float64."""
+    x, weight = torch.randn(3, 8, dtype=torch.float64), torch.randn(10, 8, dtype=torch.float64)
+    gate, up = (x @ weight.t()).chunk(2, dim=-1)
+    torch.testing.assert_close(plain("gated_linear")(x, weight, None), torch.nn.functional.silu(gate) * up)

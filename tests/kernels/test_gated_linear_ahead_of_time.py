@@ -32,8 +32,11 @@ def launch_of(shape: tuple[int, int, int], dtype: torch.dtype, capability: int, 
 
 
 def assert_compiles(launch: Launch, capability: int, folder: Path) -> None:
-    compiled = check(launch, capability, folder, vector_loads=launch.arguments["HIDDEN_SIZE"] % 16 == 0)
-    assert MATRIX_INSTRUCTION[capability] in cuobjdump(compiled, folder, "-sass")
+    aligned = launch.arguments["HIDDEN_SIZE"] % 16 == 0
+    compiled = check(launch, capability, folder, vector_loads=aligned)
+    code = cuobjdump(compiled, folder, "-sass")
+    assert MATRIX_INSTRUCTION[capability] in code
+    assert ("LDGSTS" in code) == aligned, "copies into shared memory run ahead of the products"
 
 
 @pytest.fixture(scope="module", autouse=True)
