@@ -102,7 +102,6 @@ class Transformers:
         self._case = case
         self._options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
 
-    @torch.inference_mode()
     def __call__(self, prompts: Prompts) -> TokenClock:
         ids = torch.tensor(prompts, device=self._model.device)
         clock = TokenClock(len(prompts), self._case.skip)

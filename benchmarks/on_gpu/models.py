@@ -127,11 +127,11 @@ def transformers_model(source: Source) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = huggingface_config(source.spec)
+    values["eos_token_id"] = None  # runs to the last token, without a processor that forbids the end
     config = AutoConfig.for_model(**{k: v for k, v in values.items() if k not in ("architectures", "torch_dtype")})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=source.pool.dtype, attn_implementation="sdpa")
     model.load_state_dict(dict(unpacked(source, HF_NAMES)), assign=True)
     # its frequencies are no parameter: they are still on the meta device
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(source.pool.device)
-    model.generation_config.eos_token_id = None  # runs to the last token, without a processor that forbids the end
     return model.eval().requires_grad_(False)
