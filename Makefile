@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint sanitize weights bench peers bench-cpu clean
+.PHONY: demo test lint sanitize weights bench peers bench-cpu gpu gpu-with clean
 demo: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
@@ -30,6 +30,31 @@ peers:
 
 bench-cpu: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_cpu.py $(WEIGHTS)
+
+# On a machine with an NVIDIA GPU: builds, tests/gpu, compute-sanitizer over its small shapes where it is installed, then
+# the benchmark, whose rows go to benchmarks/results/gpu.csv. Nothing here makes an environment: torch with CUDA must be
+# in .venv or, failing that, in $(PYTHON), the active one. Without a network, and with the dependencies there:
+#     make gpu PIP_OPTIONS=--no-deps BENCH_GPU="--minutes 20"
+PIP_OPTIONS ?=
+BENCH_GPU ?=
+gpu:
+	@for python in $(BIN)/python $(PYTHON); do \
+		if $$python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+			exec $(MAKE) --no-print-directory gpu-with GPU_PYTHON="$$(command -v $$python)"; \
+		fi; \
+	done; \
+	echo "make gpu: neither $(BIN)/python nor $(PYTHON) has a torch that sees a CUDA device" >&2; exit 1
+
+gpu-with:
+	PATH="$$(dirname $(GPU_PYTHON)):$$PATH" $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation $(PIP_OPTIONS) -e ".[gpu]" "pytest>=8"
+	$(GPU_PYTHON) -m pytest tests/gpu
+	@if command -v compute-sanitizer >/dev/null; then \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+			$(GPU_PYTHON) -m pytest -p no:cacheprovider tests/gpu/test_ops.py -k "not big"; \
+	else \
+		echo "make gpu: compute-sanitizer is not installed: memory accesses are not checked"; \
+	fi
+	$(GPU_PYTHON) benchmarks/bench_gpu.py $(BENCH_GPU)
 
 weights: $(WEIGHTS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from depthprune_runtime.engine.engine import Engine
 from depthprune_runtime.engine.inputs import Inputs
@@ -18,15 +19,19 @@ CPU = torch.device("cpu")
 
 
 @functools.cache
-def decoder(spec: DecoderSpec) -> Decoder:
+def tensors(spec: DecoderSpec, scale: float = 0.3) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tensors = {
+    return {
         name: torch.rand(shape, generator=generator) + 0.5
         if name.endswith("norm.weight")
-        else torch.randn(shape, generator=generator) * 0.3
+        else torch.randn(shape, generator=generator) * scale
         for name, shape in spec.tensor_shapes().items()
     }
-    return Decoder(spec, tensors.__getitem__, CPU, torch.float32)
+
+
+@functools.cache
+def decoder(spec: DecoderSpec) -> Decoder:
+    return Decoder(spec, tensors(spec).__getitem__, CPU, torch.float32)
 
 
 def engine(spec: DecoderSpec, kv_blocks: int | None = None, kv_block_size: int = 4, **options: object) -> Engine:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -92,6 +93,15 @@ class RandomCheckpoint(Checkpoint):
         return (torch.randn(shape, generator=generator) * 0.03).to(self.dtype)
 
 
+class Source(Protocol):
+    """A spec and its tensors."""
+
+    @property
+    def spec(self) -> DecoderSpec: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
 def write_dense(model: Model, gguf: Path | None, path: Path) -> None:
     """Our own file. gguf: SmolLM2's weights; the random model needs none."""
     if model.name == RandomCheckpoint.name:
@@ -108,7 +118,7 @@ def write_pruned(model: Model, dense: Path, variant: str, path: Path) -> None:
         write_native(path, PrunedCheckpoint(parent, plan))
 
 
-def unpacked(checkpoint: Checkpoint, table: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
+def unpacked(checkpoint: Source, table: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
     """Tensors by their names in `table`, packed projections cut apart."""
     for name in checkpoint.spec.tensor_shapes():
         names, tensor = source_names(table, checkpoint.spec, name), checkpoint.tensor(name)
@@ -119,14 +129,10 @@ def unpacked(checkpoint: Checkpoint, table: Mapping[str, tuple[str, ...]]) -> It
         yield from zip(names, tensor.split(rows), strict=True)
 
 
-def write_huggingface(dense: Path, folder: Path) -> None:
-    """A Llama folder that Transformers reads, with the tokenizer that the file carries, if any."""
-    from safetensors.torch import save_file
-
-    checkpoint = NativeCheckpoint(dense, verify=False)
-    spec = checkpoint.spec
+def huggingface_config(spec: DecoderSpec) -> dict[str, Any]:
+    """config.json of a Llama of this shape; `spec` is dense."""
     attention, ffn = spec.attention_sublayers()[0], spec.ffn_sublayers()[0]
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
@@ -147,8 +153,15 @@ def write_huggingface(dense: Path, folder: Path) -> None:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+
+
+def write_huggingface(dense: Path, folder: Path) -> None:
+    """A Llama folder that Transformers reads, with the tokenizer that the file carries, if any."""
+    from safetensors.torch import save_file
+
+    checkpoint = NativeCheckpoint(dense, verify=False)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(huggingface_config(checkpoint.spec), indent=2))
     for name, data in checkpoint.assets.items():
         (folder / name).write_bytes(data)
     tensors = {name: part.contiguous() for name, part in unpacked(checkpoint, HF_NAMES)}

@@ -99,6 +99,9 @@ class FFN:
         return self.down.bias
 
     def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, F]
+        weight = self.gate_up.weight
+        if isinstance(weight, Tensor):
+            return ops.gated_linear(hidden, weight, self.gate_up.bias)
         return ops.silu_mul(self.gate_up(hidden))
 
     def project(self, inner: Tensor) -> Tensor:  # [T, F] -> [T, C]

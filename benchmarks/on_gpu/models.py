@@ -1,0 +1,137 @@
+"""Models of bench_gpu.py: shapes of public ones with random weights, made on the device.
+
+One pool of random numbers holds the weights of all variants and of Transformers: they never run at the same time, and
+every tensor is read from DRAM whoever else reads it later. So dense, pruned and peer take the memory of one model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peers.weights import Model, huggingface_config, unpacked
+from torch import Tensor
+
+from depthprune_runtime.families import HF_NAMES
+from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.pruning.plan import PrunePlan
+from depthprune_runtime.pruning.surgery import pruned_spec
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
+
+_ALIGNMENT = 128  # elements: where an allocation of its own would begin
+
+
+def _llama(
+    blocks: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocabulary: int, theta: float, positions: int
+) -> DecoderSpec:
+    attention = [AttentionSpec(heads, kv_heads, hidden // heads, (b,)) for b in range(blocks)]
+    sublayers = [s for b in range(blocks) for s in (attention[b], FFNSpec(ffn, (b,)))]
+    return DecoderSpec(hidden, vocabulary, positions, 1e-5, RopeSpec(theta=theta), False, tuple(sublayers))
+
+
+def _plans(name: str, blocks: int, pairs: int) -> Model:
+    """A quarter of the blocks dropped; a quarter of the sub-layers, twice as much attention as FFNs, as FinerCut
+    tends to; `pairs` merged, which narrowed are a fifth of all parameters. Late ones, as the methods choose; which of
+    equal blocks go means nothing to speed."""
+    last = blocks - 2
+    drop = blocks // 4
+    attention = round(blocks / 2 * 2 / 3)
+    chosen = [2 * b for b in range(last - attention, last)]
+    chosen += [2 * b + 1 for b in range(last - (blocks // 2 - attention), last)]
+    return Model(
+        name,
+        tokens=64,
+        shortgpt=tuple(range(last - drop, last)),
+        finercut=tuple(sorted(chosen)),
+        flattengpt=tuple(range(last - 2 * pairs, last, 2)),
+    )
+
+
+SPECS = {
+    "llama-2-7b": _llama(32, 4096, 32, 32, 11008, 32000, 10000.0, 4096),
+    "llama-2-13b": _llama(40, 5120, 40, 40, 13824, 32000, 10000.0, 4096),
+    "llama-3-8b": _llama(32, 4096, 32, 8, 14336, 128256, 500000.0, 8192),
+    "tiny": _llama(8, 64, 4, 2, 96, 128, 10000.0, 4096),  # for a dry run
+}
+PLANS = {
+    "llama-2-7b": _plans("llama-2-7b", 32, 7),
+    "llama-2-13b": _plans("llama-2-13b", 40, 9),
+    "llama-3-8b": _plans("llama-3-8b", 32, 8),
+    "tiny": _plans("tiny", 8, 2),
+}
+
+
+def variant_spec(model: str, variant: str) -> DecoderSpec:
+    """What a method leaves of `model`; `dense` is all."""
+    spec = SPECS[model]
+    if variant == "dense":
+        return spec
+    return pruned_spec(spec, PrunePlan(variant.split(maxsplit=1)[0], "0" * 64, PLANS[model].plans(spec)[variant]))
+
+
+def decode_bytes(spec: DecoderSpec, batch: int, context: float, element_size: int = 2) -> float:
+    """Fewest bytes a decode step reads: every weight once, keys and values of `context` tokens of each request."""
+    return spec.bytes_per_token(element_size) + batch * context * spec.kv_bytes_per_token(element_size)
+
+
+def prefill_flops(spec: DecoderSpec, tokens: int) -> float:
+    """Of one prompt: every projection, the head for its last token only, and causal attention."""
+    shapes = spec.projections()
+    head = math.prod(shapes.pop(spec.head_name))
+    attention = sum(2 * s.q_size * tokens * (tokens + 1) for s in spec.attention_sublayers())
+    return 2.0 * tokens * sum(math.prod(s) for s in shapes.values()) + 2.0 * head + attention
+
+
+def _offsets(spec: DecoderSpec) -> tuple[dict[str, int], int]:
+    """Where each matrix begins in the pool, and how many elements they take."""
+    found, total = {}, 0
+    for name, shape in spec.tensor_shapes().items():
+        if len(shape) > 1:
+            found[name] = total
+            total += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return found, total
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors of `spec` as views of the pool; norms are ones."""
+
+    spec: DecoderSpec
+    pool: Tensor
+
+    def tensor(self, name: str) -> Tensor:
+        shape = self.spec.tensor_shapes()[name]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self.pool.dtype, device=self.pool.device)
+        start = _offsets(self.spec)[0][name]
+        return self.pool[start : start + math.prod(shape)].view(shape)
+
+    def decoder(self) -> Decoder:
+        return Decoder(self.spec, self.tensor, self.pool.device, self.pool.dtype)
+
+
+def make_pool(model: str, variants: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random numbers enough for every variant."""
+    size = max(_offsets(variant_spec(model, v))[1] for v in ("dense", *variants))
+    pool = torch.empty(size, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for part in pool.split(1 << 28):
+        part.normal_(0.0, 0.02, generator=generator)
+    return pool
+
+
+def transformers_model(source: Source) -> Any:
+    """LlamaForCausalLM of a dense spec over the same memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = huggingface_config(source.spec)
+    values["eos_token_id"] = None  # runs to the last token, without a processor that forbids the end
+    config = AutoConfig.for_model(**{k: v for k, v in values.items() if k not in ("architectures", "torch_dtype")})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=source.pool.dtype, attn_implementation="sdpa")
+    model.load_state_dict(dict(unpacked(source, HF_NAMES)), assign=True)
+    # its frequencies are no parameter: they are still on the meta device
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(source.pool.device)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,33 @@
+"""Every op that has an implementation for CUDA devices, on the GPU, at the shapes of real models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import CASES, Case, verify
+
+from depthprune_runtime.ops import implementations
+from depthprune_runtime.ops._library import REFERENCES
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+NATIVE = [op for op in REFERENCES if implementations(op)["CUDA"] == "native"]
+ALWAYS = ("rms_norm", "add_rms_norm", "gated_linear")  # what Triton alone brings
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", [case for op in CASES for case in CASES[op]], ids=str)
+def test_op(case: Case, dtype: torch.dtype) -> None:
+    if case.op not in NATIVE:
+        pytest.skip(f"{case.op} has no implementation for CUDA devices")
+    verify(case, dtype, torch.device("cuda"))
+
+
+def test_the_kernels_are_bound() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: no kernels")
+    assert set(ALWAYS) <= set(NATIVE)
+
+
+def test_every_implementation_has_cases() -> None:
+    missing = [op for op in NATIVE if op not in CASES]
+    assert not missing, f"tests/op_cases.py: add a line for each of {missing}"
