@@ -61,7 +61,8 @@ void check_cache(
 
 void check_gain(const char* op, const char* name, const std::optional<at::Tensor>& gain, const at::Tensor& x) {
   if (!gain) return;
-  DEPTHPRUNE_CHECK(gain->sizes() == x.sizes().slice(1), op, name, c10::str("shape ", x.sizes().slice(1)), gain->sizes());
+  DEPTHPRUNE_CHECK(
+      gain->sizes() == x.sizes().slice(1), op, name, c10::str("shape ", x.sizes().slice(1)), gain->sizes());
   DEPTHPRUNE_CHECK(
       (gain->scalar_type() == x.scalar_type() || gain->scalar_type() == at::kFloat) && gain->device() == x.device(), op,
       name, c10::str("dtype ", x.scalar_type(), " (that of q) or Float on ", x.device()),
