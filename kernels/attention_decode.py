@@ -198,8 +198,8 @@ def paged_decode_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    request, kv_head = pair // num_kv_heads, pair % num_kv_heads
+    pair, split = tl.program_id(0), tl.program_id(1)
+    request, kv_head = (pair // num_kv_heads).to(tl.int64), (pair % num_kv_heads).to(tl.int64)
     length = tl.load(lengths_ptr + request).to(tl.int32)
     first = tl.maximum(length - window, 0)
     first_tile = first // BLOCK_N
@@ -235,7 +235,7 @@ def paged_decode_kernel(
     if not SPLIT or used <= 1:
         _store(out_ptr, out_head_stride, rows, dims, mask, total, acc)
     else:
-        partial = pair * splits * GROUP
+        partial = pair.to(tl.int64) * splits * GROUP
         row = partial + split * GROUP + rows
         tl.store(partial_m_ptr + row, m, mask=rows < GROUP)
         tl.store(partial_l_ptr + row, total, mask=rows < GROUP)
