@@ -66,7 +66,7 @@ def prefill_config(
     if capability == _INTERPRETED:  # tiles so small that tests of few tokens have several
         return AttentionConfig(max(16, group), 16, 4, 1)
     if element_size == 4:  # full float32 products run on the plain units, from registers
-        return AttentionConfig(max(32, group), 32 if head_dim <= 128 else 16, 8, 1)
+        return AttentionConfig(max(32, group), 16, 8, 1)
     # Whatever tile is one step wider needs more than the 255 registers of a thread (ptxas of Triton 3.6).
     if capability >= (9, 0):
         block_m, block_n, tiles = (128, 64, 2) if head_dim <= 128 else (64, 32, 2)
@@ -112,8 +112,9 @@ def decode_config(
         return AttentionConfig(
             block_m, 16, 4, 1, *_splits(batch * num_kv_heads, -(-max_context // 16), 16, sm_count or 4)
         )
-    # A tile of K is 8 KB or so: 4 loads of 16 bytes for each of 128 threads, and short contexts still split.
-    block_n = max(16, min(64, 8192 // (next_power_of_2(head_dim) * element_size)))
+    # A tile of K is 8 KB at most: 4 loads of 16 bytes for each of 128 threads, and short contexts still split.
+    block_n = max(16, min(32, 8192 // (next_power_of_2(head_dim) * element_size)))
     sm_count = sm_count or _SM_COUNTS.get(capability[0], 108)
     splits, min_tiles = _splits(batch * num_kv_heads, -(-max_context // block_n), block_n, sm_count)
-    return AttentionConfig(block_m, block_n, 4, _stages(3, indirect=block_m > 1), splits, min_tiles)
+    num_warps = 4 if block_m * next_power_of_2(head_dim) <= 8192 else 8  # float32 sums of 64 registers a thread
+    return AttentionConfig(block_m, block_n, num_warps, _stages(3, indirect=block_m > 1), splits, min_tiles)

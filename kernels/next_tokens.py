@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthprune_runtime.kernels.launch import capability_of
 from depthprune_runtime.kernels.launch_rows import next_tokens_block
+from depthprune_runtime.kernels.pdl import follow, pdl_options
 
 
 @triton.jit
@@ -33,7 +35,9 @@ def next_tokens_kernel(
     NUM_RUNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK_R)
     best = tl.full([BLOCK_R], -float("inf"), tl.float32)
@@ -102,5 +106,5 @@ def next_tokens(
         next_tokens_kernel[(batch,)](
             best, candidates, stop_ids, block_tables, ids, positions, slots, context_lens, counts, tokens,
             stop_ids.shape[1], block_tables.shape[1], kv_block_size, tokens.shape[0], batch,
-            NUM_RUNS=runs, BLOCK_R=block, BLOCK_I=max(1, triton.next_power_of_2(stop_ids.shape[1])), num_warps=warps,
+            NUM_RUNS=runs, BLOCK_R=block, BLOCK_I=max(1, triton.next_power_of_2(stop_ids.shape[1])), num_warps=warps, **pdl_options(capability_of(best.device)),
         )  # fmt: skip
