@@ -9,7 +9,10 @@ from op_cases import CASES, Case, verify
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("all_threads"),  # truth is float64 on the CPU, for large shapes seconds on every core
+]
 
 NATIVE = [op for op in REFERENCES if implementations(op)["CUDA"] == "native"]
 ALWAYS = ("rms_norm", "add_rms_norm", "gated_linear")  # what Triton alone brings
