@@ -102,9 +102,11 @@ def next_tokens(
     if batch == 0:
         return
     block, warps = next_tokens_block(runs)
+    stops = max(1, triton.next_power_of_2(stop_ids.shape[1]))
+    pdl = pdl_options(capability_of(best.device))
     with torch.cuda.device_of(best):
         next_tokens_kernel[(batch,)](
             best, candidates, stop_ids, block_tables, ids, positions, slots, context_lens, counts, tokens,
             stop_ids.shape[1], block_tables.shape[1], kv_block_size, tokens.shape[0], batch,
-            NUM_RUNS=runs, BLOCK_R=block, BLOCK_I=max(1, triton.next_power_of_2(stop_ids.shape[1])), num_warps=warps, **pdl_options(capability_of(best.device)),
+            NUM_RUNS=runs, BLOCK_R=block, BLOCK_I=stops, num_warps=warps, **pdl,
         )  # fmt: skip
