@@ -290,12 +290,12 @@ def decode(
     )  # fmt: skip
     group, pairs = num_heads // num_kv_heads, batch * num_kv_heads
     block_d = max(16, next_power_of_2(head_dim))
-    partial_o = partial_m = partial_l = tickets = None
+    tickets = _tickets(q.device)  # also where nothing is split: any decode prepares a device for captures
+    partial_o = partial_m = partial_l = None
     if config.splits > 1:
-        stats = torch.empty(2, pairs, config.splits, group, dtype=torch.float32, device=q.device)
-        partial_m, partial_l = stats.unbind(0)
-        partial_o = stats.new_empty(pairs, config.splits, group, head_dim)
-        tickets = _tickets(q.device)
+        partial_m = torch.empty(pairs, config.splits, group, dtype=torch.float32, device=q.device)
+        partial_l = torch.empty_like(partial_m)
+        partial_o = partial_m.new_empty(pairs, config.splits, group, head_dim)
     rows = next_power_of_2(group)
     paged_decode_kernel[(pairs, config.splits)](
         q, k_cache, v_cache, block_tables, context_lens, out, partial_o, partial_m, partial_l, tickets,

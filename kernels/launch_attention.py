@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from depthprune_runtime.kernels.launch import next_power_of_2
 
 MAX_HEAD_DIM = 256
+NO_WINDOW = 2**31 - 1  # the window, in tokens, of a query that sees all
 # Tickets that a device's decode workspace holds; a split launch has no more (request, KV group) pairs than that.
 MAX_TICKETS = 4096
 _SM_COUNTS = {8: 108, 9: 132, 10: 148}  # A100, H100, B200
@@ -67,7 +68,7 @@ def prefill_config(
         return AttentionConfig(max(16, group), 16, 4, 1)
     if element_size == 4:  # full float32 products run on the plain units, from registers
         return AttentionConfig(max(32, group), 16, 8, 1)
-    # Whatever tile is one step wider needs more than the 255 registers of a thread (ptxas of Triton 3.6).
+    # Whatever tile is one step wider needs more than the 255 registers of a thread (Triton 3.6, 3.9).
     if capability >= (9, 0):
         block_m, block_n, tiles = (128, 64, 2) if head_dim <= 128 else (64, 32, 2)
     elif head_dim <= 128:
