@@ -15,6 +15,7 @@ from depthprune_runtime.ops._library import implementations
 from depthprune_runtime.ops._triton import bind_triton
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.attention import paged_attention, varlen_attention
+from depthprune_runtime.ops.divergence import js_reverse
 from depthprune_runtime.ops.gated_linear import gated_linear
 from depthprune_runtime.ops.greedy import greedy
 from depthprune_runtime.ops.kv_cache import kv_write
@@ -34,6 +35,7 @@ __all__ = [
     "greedy",
     "head_rms_norm",
     "implementations",
+    "js_reverse",
     "kv_write",
     "linear",
     "linear_add",
