@@ -105,8 +105,8 @@ class OutputDistance:
     def reference_bytes(self) -> int:
         return sum(r.numel() * r.element_size() for r in self._reference or ())
 
-    def __call__(self, hidden: Tensor) -> float:  # [N * S, C]
-        """Distance of the model with these final hidden states; `inf` where they are not finite."""
+    def __call__(self, hidden: Tensor) -> float:  # [n * S, C], n <= N
+        """Distance of the model with these final hidden states of the first n windows; `inf` where not finite."""
         values = []
         for i, rows in enumerate(hidden.split(self._rows)):
             logits = self._head(rows)
@@ -114,8 +114,8 @@ class OutputDistance:
                 targets = self._targets[i * self._rows : i * self._rows + rows.shape[0]]
                 values.append(cross_entropy(logits.float(), targets, reduction="none"))
             else:
-                values.append(self._compare(self._reference[i], logits))
-        result = self._reduce(torch.cat(values).double().view(self._shape))
+                values.append(self._compare(self._reference[i][: rows.shape[0]], logits))
+        result = self._reduce(torch.cat(values).double().view(-1, self._shape[1]))
         return math.inf if math.isnan(result) else result
 
     def _compare(self, dense: Tensor, pruned: Tensor) -> Tensor:  # [R, V] twice -> [R]
