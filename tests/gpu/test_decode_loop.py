@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gpu_models import CUDA, SPECS, decoder, needs_gpu
 from specs import mixed_spec
-from test_model import CUDA, SPECS, decoder, needs_gpu
 
 from depthprune_runtime.engine.decode_loop import DecodeLoop, Rows, build_decode_loop
 from depthprune_runtime.engine.kv_cache import KVCache
