@@ -73,10 +73,21 @@ def _next_tokens(batch: int, runs: int) -> Callable[[Draw], Arguments]:
         candidates, stops, tables = below(99, batch, runs).int(), below(99, batch, 4), below(50, batch, 8)
         positions = below(100, batch)
         slots = torch.where(torch.arange(batch) % 5 == 3, -1, positions)
+        drawn = torch.where(torch.arange(batch) % 2 == 0, -1, below(99, batch))
         return (
-            best, candidates, stops, tables, 16, below(99, batch), positions, slots, positions + 1, below(6, batch),
-            torch.full((5, batch), -7),
+            best, candidates, drawn, stops, tables, 16, below(99, batch), positions, slots, positions + 1,
+            below(6, batch), torch.full((5, batch), -7),
         )  # fmt: skip
+
+    return build
+
+
+def _draw_tokens(batch: int, size: int) -> Callable[[Draw], Arguments]:
+    def build(draw: Draw) -> Arguments:
+        temperatures = torch.arange(batch) % 3 * 0.7
+        uniform = torch.rand(5, batch, dtype=torch.float64, generator=draw.generator)
+        counts = torch.randint(0, 6, (batch,), generator=draw.generator)
+        return 3 * draw(batch, size), temperatures, uniform, counts
 
     return build
 
@@ -102,5 +113,6 @@ DECODE_CASES: dict[str, list[Case]] = {
         "norm_qkv", _norm_qkv, (1, 576, 9, 3, 64), (5, 96, 3, 1, 24), (1, 576, 9, 3, 64, 8), (6, 576, 18, 6, 64, 4),
         big=[(1, 4096, 32, 32, 128), (8, 4096, 32, 8, 128), (64, 4096, 64, 64, 128), (1, 4096, 32, 8, 128, 4)],
     ),
+    "draw_tokens": named_cases("draw_tokens", _draw_tokens, (1, 40), (7, 3000), big=[(64, 128256)]),
     "next_tokens": named_cases("next_tokens", _next_tokens, (1, 7), (9, 100), big=[(64, 8016)]),
 }  # fmt: skip

@@ -28,7 +28,7 @@ from depthprune_runtime.spec import RopeSpec
 GUARD = 64  # elements: keeps the alignment of what lies between
 CPU = torch.device("cpu")
 
-EXACT = ("greedy", "kv_write", "next_tokens")  # nothing is computed: equal bits
+EXACT = ("draw_tokens", "greedy", "kv_write", "next_tokens")  # nothing is computed: equal bits
 
 
 class _References(TorchDispatchMode):

@@ -24,7 +24,11 @@ def built(spec: DecoderSpec, dtype: torch.dtype = torch.bfloat16) -> DecodeLoop:
 
 def rows(count: int) -> Rows:
     return Rows(
-        np.arange(3, 3 + count), np.zeros(count, dtype=np.int64), np.arange(4 * count).reshape(count, 4), [[]] * count
+        np.arange(3, 3 + count),
+        np.zeros(count, dtype=np.int64),
+        np.arange(4 * count).reshape(count, 4),
+        [[]] * count,
+        [0.0] * count,
     )
 
 
