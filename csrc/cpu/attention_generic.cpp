@@ -4,7 +4,7 @@
 namespace depthprune::attention {
 
 void attend_generic(const Problem& problem, const Task& task, Scratch& scratch, float* partials) {
-  attend<4>(problem, task, scratch, partials);
+  attend<4, false>(problem, task, scratch, partials);
 }
 
 }  // namespace depthprune::attention

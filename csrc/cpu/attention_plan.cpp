@@ -24,6 +24,7 @@ Attend best_attend() {
 #if DEPTHPRUNE_HAS_CLONES
   static const bool v4 = __builtin_cpu_supports("x86-64-v4");
   static const bool v3 = __builtin_cpu_supports("x86-64-v3");
+  if (level() >= Level::avx512_bf16 && v4) return attend_bf16;
   if (level() >= Level::avx512 && v4) return attend_v4;
   if (level() >= Level::avx2 && v3) return attend_v3;
 #endif

@@ -13,8 +13,9 @@ constexpr int64_t kKeys = 64;     // keys of a tile
 constexpr int kRows = 6;         // rows of queries that one product takes
 constexpr int64_t kFewRows = 16;  // up to this many rows, keys are read in place; above, they are transposed first
 
-// How a tile of keys is read: in place; widened to float32 once for all rows, padded; or that with keys transposed.
-enum class Read { kInPlace, kWidened, kTransposed };
+// How a tile of keys is read: in place; widened to float32 once for all rows, padded; that with keys transposed; or in
+// pairs of bfloat16, keys transposed.
+enum class Read { kInPlace, kWidened, kTransposed, kPairs };
 
 // Keys or values of all requests: [N, P, K, D] in kv_blocks, or [T, K, D].
 struct Source {
@@ -82,6 +83,7 @@ struct Scratch {
 // Does one task. One build of attention_tile.h for each instruction set; the caller picks by cpuid.
 using Attend = void (*)(const Problem&, const Task&, Scratch&, float* partials);
 #if DEPTHPRUNE_HAS_CLONES
+void attend_bf16(const Problem& problem, const Task& task, Scratch& scratch, float* partials);
 void attend_v4(const Problem& problem, const Task& task, Scratch& scratch, float* partials);
 void attend_v3(const Problem& problem, const Task& task, Scratch& scratch, float* partials);
 #endif

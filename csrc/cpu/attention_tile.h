@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cpu/attention_output.h"
+#include "cpu/attention_pairs.h"
 #include "cpu/attention_task.h"
 #include "cpu/exp.h"
 #include "cpu/simd.h"
@@ -97,15 +98,12 @@ struct Block {
   int64_t keys;  // of the tile; no row sees a later one
 };
 
-// The scores of a block are in scratch.scores: weigh the values with their softmax.
-template <int W, typename B>
-DEPTHPRUNE_INLINE void weigh_values(
-    const Problem& problem, const Task& task, const Block& block, B values, Scratch& scratch) {
+// The scores of a block, in scratch.scores, become the weights of its softmax; keep_r: see softmax_row.
+template <int W>
+DEPTHPRUNE_INLINE void weigh(const Problem& problem, const Task& task, const Block& block, Scratch& scratch, float* keep) {
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-  const int64_t padded_dim = problem.padded_dim();
   const int64_t all_rows = task.num_queries * problem.group;
   const int64_t columns = (block.keys + 15) / 16 * 16;
-  float keep[kRows];
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t position = task.position + (block.first_row + r) / problem.group;
     const int64_t oldest = problem.window > 0 ? position + 1 - problem.window : 0;
@@ -118,9 +116,67 @@ DEPTHPRUNE_INLINE void weigh_values(
     float& l = scratch.sums[all_rows + block.first_row + r];
     keep[r] = softmax_row(scores, columns, largest<W>(scores, columns), m, l);
   }
-  float* out = scratch.sums + 2 * all_rows + block.first_row * padded_dim;
-  multiply<W>(block.rows, scratch.scores, kKeys, values, block.keys, padded_dim, out, padded_dim, keep);
 }
+
+// Where the sums of a block's rows lie: [rows, padded_dim].
+DEPTHPRUNE_INLINE float* sums_of(const Problem& problem, const Task& task, const Block& block, const Scratch& scratch) {
+  return scratch.sums + 2 * task.num_queries * problem.group + block.first_row * problem.padded_dim();
+}
+
+// The values of a block, weighed, join its sums.
+template <int W, typename B>
+DEPTHPRUNE_INLINE void weigh_values(
+    const Problem& problem, const Task& task, const Block& block, B values, Scratch& scratch) {
+  const int64_t padded_dim = problem.padded_dim();
+  float keep[kRows];
+  weigh<W>(problem, task, block, scratch, keep);
+  multiply<W>(
+      block.rows, scratch.scores, kKeys, values, block.keys, padded_dim, sums_of(problem, task, block, scratch),
+      padded_dim, keep);
+}
+
+#ifdef DEPTHPRUNE_BF16_PAIRS
+
+// Keys and values of a tile, and the queries of all rows, as pairs: a head has an even number of dimensions.
+struct Paired {
+  static bool serves(const Problem& problem) {
+    return problem.dtype == Dtype::bfloat16 && problem.head_dim % 2 == 0;
+  }
+
+  static DEPTHPRUNE_INLINE void read_queries(const Problem& problem, const Task& task, Scratch& scratch) {
+    for (int64_t row = 0; row < task.num_queries * problem.group; ++row) {
+      const auto* q = static_cast<const uint16_t*>(problem.q) +
+                      (task.first_query + row / problem.group) * problem.q_strides[0] +
+                      (task.kv_head * problem.group + row % problem.group) * problem.q_strides[1];  // [D]
+      std::memcpy(scratch.q + row * problem.padded_dim(), q, problem.head_dim * sizeof(uint16_t));
+    }
+  }
+
+  static DEPTHPRUNE_INLINE void read_tile(
+      const Problem& problem, const uint16_t* const* k, const uint16_t* const* v, int64_t keys, Scratch& scratch) {
+    pair_keys(k, keys, problem.head_dim, reinterpret_cast<Pair*>(scratch.k));
+    pair_values(v, keys, problem.head_dim, problem.padded_dim(), reinterpret_cast<Pair*>(scratch.v));
+  }
+
+  static DEPTHPRUNE_INLINE void attend(const Problem& problem, const Task& task, const Block& block, Scratch& scratch) {
+    const int64_t padded_dim = problem.padded_dim();
+    const auto* q = reinterpret_cast<const Pair*>(scratch.q + block.first_row * padded_dim);
+    const auto* k = reinterpret_cast<const Pair*>(scratch.k);
+    const auto* v = reinterpret_cast<const Pair*>(scratch.v);
+    const auto* weights = reinterpret_cast<const Pair*>(scratch.scores);
+    multiply_pairs(
+        block.rows, q, padded_dim, k, kKeys, problem.head_dim / 2, kKeys, scratch.scores, kKeys, nullptr,
+        problem.scale);
+    float keep[kRows];
+    weigh<16>(problem, task, block, scratch, keep);
+    narrow_weights(block.rows, block.keys, scratch.scores);
+    multiply_pairs(
+        block.rows, weights, kKeys, v, padded_dim, (block.keys + 1) / 2, padded_dim,
+        sums_of(problem, task, block, scratch), padded_dim, keep, 1.0f);
+  }
+};
+
+#endif
 
 // All rows of a task against the keys first_key .. first_key + keys, whose rows are given.
 template <int W, typename X, Read read, typename T>
@@ -129,7 +185,11 @@ DEPTHPRUNE_INLINE void attend_tile(
     Scratch& scratch) {
   const int64_t padded_dim = problem.padded_dim();
   const int64_t all_rows = task.num_queries * problem.group;
-  if constexpr (read == Read::kTransposed) {
+  if constexpr (read == Read::kPairs) {
+#ifdef DEPTHPRUNE_BF16_PAIRS
+    Paired::read_tile(problem, k, v, keys, scratch);
+#endif
+  } else if constexpr (read == Read::kTransposed) {
     transpose_rows<X>(k, keys, problem.head_dim, scratch.k);
     widen_rows<X>(v, keys, problem.head_dim, padded_dim, scratch.v);
   }
@@ -140,7 +200,11 @@ DEPTHPRUNE_INLINE void attend_tile(
     block.keys = std::min(keys, last + 1 - first_key);
     if (block.keys <= 0 || (problem.window > 0 && first - problem.window >= first_key + keys - 1)) continue;
     const float* q = scratch.q + row * padded_dim;
-    if constexpr (read == Read::kTransposed) {
+    if constexpr (read == Read::kPairs) {
+#ifdef DEPTHPRUNE_BF16_PAIRS
+      Paired::attend(problem, task, block, scratch);
+#endif
+    } else if constexpr (read == Read::kTransposed) {
       multiply<W>(
           block.rows, q, padded_dim, Panel{scratch.k, kKeys}, problem.head_dim, kKeys, scratch.scores, kKeys, nullptr);
       weigh_values<W>(problem, task, block, Panel{scratch.v, padded_dim}, scratch);
@@ -209,14 +273,22 @@ DEPTHPRUNE_INLINE void attend_keys(const Problem& problem, const Task& task, Scr
   }
 }
 
-template <int W, typename X>
+// pairs: bfloat16 is multiplied in pairs where a task has many rows.
+template <int W, bool pairs, typename X>
 DEPTHPRUNE_INLINE void attend_as(const Problem& problem, const Task& task, Scratch& scratch, float* partials) {
   const int64_t rows = task.num_queries * problem.group;
   const int64_t sums = rows * (problem.padded_dim() + 2);
-  read_queries<X>(problem, task, scratch);
+  bool paired = false;
+#ifdef DEPTHPRUNE_BF16_PAIRS
+  if constexpr (pairs && std::is_same_v<X, BFloat16>) paired = !task.few_rows && Paired::serves(problem);
+  if (paired) Paired::read_queries(problem, task, scratch);
+#endif
+  if (!paired) read_queries<X>(problem, task, scratch);
   std::fill(scratch.sums, scratch.sums + rows, -std::numeric_limits<float>::infinity());
   std::fill(scratch.sums + rows, scratch.sums + sums, 0.0f);
-  if (!task.few_rows) {
+  if (paired) {
+    if constexpr (pairs && std::is_same_v<X, BFloat16>) attend_keys<W, X, Read::kPairs>(problem, task, scratch);
+  } else if (!task.few_rows) {
     attend_keys<W, X, Read::kTransposed>(problem, task, scratch);
   } else if (!problem.in_place()) {
     attend_keys<W, X, Read::kWidened>(problem, task, scratch);
@@ -230,12 +302,12 @@ DEPTHPRUNE_INLINE void attend_as(const Problem& problem, const Task& task, Scrat
   }
 }
 
-template <int W>
+template <int W, bool pairs>
 DEPTHPRUNE_INLINE void attend(const Problem& problem, const Task& task, Scratch& scratch, float* partials) {
   switch (problem.dtype) {
-    case Dtype::bfloat16: return attend_as<W, BFloat16>(problem, task, scratch, partials);
-    case Dtype::float16: return attend_as<W, Float16>(problem, task, scratch, partials);
-    default: return attend_as<W, Float32>(problem, task, scratch, partials);
+    case Dtype::bfloat16: return attend_as<W, pairs, BFloat16>(problem, task, scratch, partials);
+    case Dtype::float16: return attend_as<W, false, Float16>(problem, task, scratch, partials);
+    default: return attend_as<W, false, Float32>(problem, task, scratch, partials);
   }
 }
 

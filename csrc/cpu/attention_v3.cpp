@@ -24,7 +24,7 @@
 namespace depthprune::attention {
 
 void attend_v3(const Problem& problem, const Task& task, Scratch& scratch, float* partials) {
-  attend<8>(problem, task, scratch, partials);
+  attend<8, false>(problem, task, scratch, partials);
 }
 
 }  // namespace depthprune::attention

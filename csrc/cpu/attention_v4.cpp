@@ -24,7 +24,7 @@
 namespace depthprune::attention {
 
 void attend_v4(const Problem& problem, const Task& task, Scratch& scratch, float* partials) {
-  attend<16>(problem, task, scratch, partials);
+  attend<16, false>(problem, task, scratch, partials);
 }
 
 }  // namespace depthprune::attention

@@ -18,7 +18,7 @@ from depthprune_runtime.ops._library import REFERENCES
 
 _C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
 LEVELS = _C.cpu_levels()
-ATTENTION_LEVELS = [name for name in LEVELS if name != "avx512_bf16"]  # its attention is that of avx512
+ATTENTION_LEVELS = LEVELS
 at_every_level = pytest.mark.parametrize("level", ATTENTION_LEVELS)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
