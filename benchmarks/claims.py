@@ -155,17 +155,17 @@ def readme_table() -> str:
         here = "<br>".join(a.short for a in result.answers) or "nothing comparable"
         floors = "<br>".join(f"{f.speedup:.2f}x ({f.how})" for f in claim.floors())
         state = result.status + (f": it takes {claim.needs}" if result.why else "")
-        lines.append([f"`{claim.name}`", _claim(claim), floors, here, state])
+        lines.append([f"`{claim.name}`", claim_text(claim), floors, here, state])
     return markdown(("claim", "claimed", "floor", "measured here", "at the true size"), lines)
 
 
-def _claim(claim: Claim) -> str:
+def claim_text(claim: Claim) -> str:
     return f"{claim.method}, {claim.model}, {claim.ratio}: {claim.what} {claim.claimed} (arXiv {claim.arxiv})"
 
 
 def show(result: Result) -> str:
     claim = result.claim
-    lines = [f"{claim.name}: {_claim(claim)}", f"  source    {claim.where}"]
+    lines = [f"{claim.name}: {claim_text(claim)}", f"  source    {claim.where}"]
     lines += [f"  floor     {floor}" for floor in claim.floors()]
     for answer in result.answers:
         lines += [f"  here      {answer.text}"] + ([f"            {', '.join(answer.rows)}"] if answer.rows else [])
