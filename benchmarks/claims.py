@@ -123,7 +123,7 @@ class Result:
         if any(a.exact for a in self.answers):
             speed = any(isinstance(check, Gpu) for check in self.claim.checks)
             return "computed, speed not measured" if speed else "computed"
-        return "not measured at this size" if self.answers else "not measured"
+        return "smaller model only" if self.answers else "not measured"
 
     @property
     def why(self) -> str:

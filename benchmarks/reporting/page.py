@@ -27,6 +27,7 @@ table { border-collapse: collapse; font-size: .82rem; line-height: 1.35; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
 th { background: var(--tint); white-space: nowrap; }
 .raw td { white-space: nowrap; }
+.summary td:first-child, .summary td:nth-child(4) { min-width: 15rem; }
 .claims { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .claim { border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; min-width: 0; font-size: .88rem; }
 .claim h3 { margin: 0; } .claim p { margin: .2rem 0; } .claim dl { margin: .5rem 0; }
@@ -66,11 +67,25 @@ def from_markdown(text: str) -> str:
     return table(cells[0], cells[2:])
 
 
+def summary(results: Sequence[Result]) -> str:
+    """A line a claim; its card says the rest."""
+    lines = []
+    for result in results:
+        claim = result.claim
+        floors = " to ".join(f"{s:.2f}x" for s in sorted({f.speedup for f in claim.floors()}))
+        here = "<br>".join(a.short for a in result.answers) or "nothing comparable"
+        what = f"{claim.method}, {claim.model}, {claim.ratio}<br>{claim.what}"
+        lines.append([what, claim.claimed, floors, here, result.status])
+    heads = ("claim", "claimed", "bytes or operations", "measured here", "at the true size")
+    return table(heads, lines).replace('class="scroll"', 'class="scroll summary"')
+
+
 def claim_card(result: Result) -> str:
     claim = result.claim
     done = " done" if not result.why else ""
     parts = [
-        f'<h3 id="claim-{html.escape(claim.name)}">{inline(claim.what)}: {inline(claim.claimed)}</h3>',
+        f'<h3 id="claim-{html.escape(claim.name)}">{inline(claim.what[:1].upper() + claim.what[1:])}: '
+        f"{inline(claim.claimed)}</h3>",
         f"<p>{inline(claim.method)}, {inline(claim.model)}, {inline(claim.ratio)}</p>",
         f'<p class="state{done}">{inline(result.status)}</p>',
         "<dl>",
@@ -130,14 +145,16 @@ def page(results: Sequence[Result], plots: Sequence[Plot], joined: str) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>depthprune_runtime: claimed, measured, floor</title><style>{STYLE}</style></head><body>",
             "<header><h1>Claimed, measured, floor</h1>",
-            "<p>What the papers on ShortGPT, FinerCut and FlattenGPT claim, what the rows of this repository say, and the "
-            "least that any runtime must read or compute. Every number comes from a recorded row or follows from the "
-            f"shapes. Of {len(results)} claims: {html.escape(count)}.</p>",
+            "<p>What the papers on ShortGPT, FinerCut and FlattenGPT claim, what the rows of this repository say, and "
+            "the least that any runtime must read or compute. Every number comes from a recorded row or follows from "
+            f"the shapes. Of {len(results)} claims: {html.escape(count)}.</p>",
             '<nav><a href="#claims">Claims</a><a href="#plots">Plots</a><a href="#tables">Tables</a>'
             '<a href="#rows">All rows</a></nav></header>',
             '<main><section id="claims"><h2>Claims</h2>',
             "<p>Speedups are pruned over dense in one run, with the range that the quartiles of both allow; quality is "
             "that of SmolLM2-135M-Instruct, and says little about large models.</p>",
+            summary(results),
+            "<h3>Each claim with its rows and commands</h3>",
             '<div class="claims">',
             *map(claim_card, results),
             '</div></section><section id="plots"><h2>Plots</h2>',

@@ -127,7 +127,7 @@ def speedup() -> Plot | None:
     note = (
         "Each point is pruned over dense in one run of bench_cpu.py, the last that has both; bars are the range that "
         "the quartiles of both allow. Points of one method stand slightly apart to be told from each other. Above the "
-        "dashed line a model gains more than its size: there, dense ran at a smaller share of the bandwidth."
+        "dashed line a model gains more than its size alone explains: the claims say what share of the bandwidth each had."
     )
     return Plot("speedup", "Speedup against sparsity", alt, note, _svg("speedup", figure, alt)) if points else None
 
@@ -184,6 +184,7 @@ def pareto() -> Plot | None:
     axes.set_yscale("log")
     axes.set_yticks([25, 35, 50, 75, 100, 150, 300], labels=["25", "35", "50", "75", "100", "150", "300"])
     axes.minorticks_off()
+    axes.margins(x=0.12)
     axes.set_xlabel("weights read per token at batch 1, MB")
     axes.set_ylabel("WikiText-2 test perplexity")
     entries = [_marks(marker="o", color=c, label=name) for name, c in colours.items() if name != "both"]
@@ -209,22 +210,24 @@ def roofline() -> Plot | None:
     last = tables.last(rows, "precision", "runtime", "variant")
     if not last:
         return None
+    newest = {row["precision"]: row["commit"] for row in rows}  # the last row of each counts
     order = sorted(last, key=lambda k: (("bf16", "int8", "int4").index(k[0]), k[1] == "ours"))
     figure, (axes,) = _figure(0.9 + 0.24 * len(order))
     for place, key in enumerate(order):
         share = 100 * float(last[key]["of_limit"])
-        axes.barh(-place, share, 0.72, color=BLUE if key[1] == "ours" else GREY)
+        colour, alpha = BLUE if key[1] == "ours" else GREY, 1.0 if last[key]["commit"] == newest[key[0]] else 0.4
+        axes.barh(-place, share, 0.72, color=colour, alpha=alpha)
         axes.text(share + 1, -place, f"{share:.0f}", va="center", fontsize=7.5)
     names = [f"{p} {v if r == 'ours' else r}" for p, r, v in order]
     axes.set_yticks([-i for i in range(len(order))], labels=names, fontsize=8)
     axes.set_ylim(-len(order) + 0.4, 0.6)
     axes.set_xlim(0, 115)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("tokens/s x bytes a token, % of the read bandwidth of the same run")
+    axes.set_xlabel("% of the read bandwidth")
     alt = "Share of the measured read bandwidth that decoding at batch 1 reaches, by precision, runtime and variant"
     note = (
-        "Blue is ours. Bandwidth is measured in every round beside the runtimes, and differs much from run to run on "
-        "this shared machine: shares compare only within one run, which the rows name."
+        "Tokens a second times bytes a token, over the bandwidth of a plain read in the same rounds, which differs much "
+        "from run to run on this shared machine. Blue is ours; faded bars are of an older run than the full ones."
     )
     return Plot("roofline", "Share of the roofline, decode at batch 1", alt, note, _svg("roofline", figure, alt))
 
@@ -258,7 +261,7 @@ def profile() -> Plot | None:
     )
     threads = {r["threads"] for r in rows.values()}
     note = (
-        f"By leaving sub-layers of a kind out (bench_profile.py), batch 1, {'/'.join(sorted(threads))} thread(s), at "
+        f"By leaving sub-layers of a kind out (bench_profile.py), batch 1, threads: {', '.join(sorted(threads))}, at "
         "the context named last; the parts need not add up to the whole, whose quartiles the mark shows."
     )
     return Plot("profile", "Where the time of a decode step goes", alt, note, _svg("profile", figure, alt))
