@@ -57,7 +57,9 @@ class Answer:
     @property
     def short(self) -> str:
         """Without what the report says besides."""
-        marks = [m for m, on in (("no second run agrees", self.disputed), ("out of date", self.found[-1].stale)) if on]
+        marks = [
+            m for m, on in (("the run before disagrees", self.disputed), ("out of date", self.found[-1].stale)) if on
+        ]
         plain = dataclasses.replace(self.found[-1], note="", stale="")
         text = dataclasses.replace(self, found=(plain,)).text
         return text + (f" ({', '.join(marks)})" if marks else "")
@@ -160,12 +162,12 @@ def readme_table() -> str:
 
 
 def claim_text(claim: Claim) -> str:
-    return f"{claim.method}, {claim.model}, {claim.ratio}: {claim.what} {claim.claimed} (arXiv {claim.arxiv})"
+    return f"{claim.method}, {claim.model}, {claim.ratio}: {claim.what}: **{claim.claimed}**"
 
 
 def show(result: Result) -> str:
     claim = result.claim
-    lines = [f"{claim.name}: {claim_text(claim)}", f"  source    {claim.where}"]
+    lines = [f"{claim.name}: {claim_text(claim)}".replace("**", ""), f"  source    arXiv {claim.arxiv}, {claim.where}"]
     lines += [f"  floor     {floor}" for floor in claim.floors()]
     for answer in result.answers:
         lines += [f"  here      {answer.text}"] + ([f"            {', '.join(answer.rows)}"] if answer.rows else [])

@@ -42,7 +42,16 @@ def claims_table(found: list[Result]) -> str:
         here = "<br>".join(f"{a.text} {' '.join(a.rows)}".strip() for a in result.answers) or "nothing comparable"
         floors = "<br>".join(map(str, result.claim.floors()))
         state = f"{result.status}. {result.why}" if result.why else result.status
-        lines.append([f"`{result.claim.name}`", claim_text(result.claim), result.claim.where, floors, here, state])
+        lines.append(
+            [
+                f"`{result.claim.name}`",
+                claim_text(result.claim),
+                f"arXiv {result.claim.arxiv}, {result.claim.where}",
+                floors,
+                here,
+                state,
+            ]
+        )
     return tables.markdown(("claim", "claimed", "source", "floor", "measured here, rows", "at the true size"), lines)
 
 

@@ -36,8 +36,8 @@ def _flattengpt_70b(prefill: bool) -> tuple[Floor, ...]:
 _SLEB = f"table of speeds, in the settings of SLEB's (2 A100); its number {NEEDS_PAPER}"
 _SUBSET = "20 of the 80 blocks, 4 of them merged away; the rest of the depth repeats them"
 _GPU_70B = (
-    "an 80 GB GPU for a quarter of the depth with random weights (35 GB); two of them, and tensor parallelism, "
-    "which the runtime does not have, for all 138 GB"
+    "an 80 GB GPU for a quarter of the depth (35 GB of random weights); all 138 GB need several, and tensor "
+    "parallelism, which is not built"
 )
 SPEED = (
     Claim(

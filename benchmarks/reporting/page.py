@@ -90,7 +90,7 @@ def claim_card(result: Result) -> str:
         f'<p class="state{done}">{inline(result.status)}</p>',
         "<dl>",
     ]
-    entries = [("floor: no runtime gains more by bytes or operations alone", [str(f) for f in claim.floors()])]
+    entries = [("floor: what fewer bytes or operations gain by themselves", [str(f) for f in claim.floors()])]
     entries += [("measured here", [f"{a.text} {_rows(a.rows)}" for a in result.answers])]
     entries += [("missing", [result.why] if result.why else [])]
     entries += [("source", [f"arXiv {claim.arxiv}, {claim.where}"])]

@@ -127,7 +127,7 @@ def speedup() -> Plot | None:
     note = (
         "Each point is pruned over dense in one run of bench_cpu.py, the last that has both; bars are the range that "
         "the quartiles of both allow. Points of one method stand slightly apart to be told from each other. Above the "
-        "dashed line a model gains more than its size alone explains: the claims say what share of the bandwidth each had."
+        "dashed line a model gains more than its size alone explains; the claims say how much bandwidth was used."
     )
     return Plot("speedup", "Speedup against sparsity", alt, note, _svg("speedup", figure, alt)) if points else None
 
@@ -179,7 +179,12 @@ def pareto() -> Plot | None:
     axes.plot([p.megabytes for p in best], [p.perplexity for p in best], "-", color=_INK, linewidth=0.8, zorder=0)
     for point in best:
         axes.annotate(
-            point.label, (point.megabytes, point.perplexity), (4, -11), textcoords="offset points", fontsize=7
+            point.label,
+            (point.megabytes, point.perplexity),
+            (4, -11),
+            textcoords="offset points",
+            fontsize=7,
+            color=_INK,
         )
     axes.set_yscale("log")
     axes.set_yticks([25, 35, 50, 75, 100, 150, 300], labels=["25", "35", "50", "75", "100", "150", "300"])
@@ -217,7 +222,7 @@ def roofline() -> Plot | None:
         share = 100 * float(last[key]["of_limit"])
         colour, alpha = BLUE if key[1] == "ours" else GREY, 1.0 if last[key]["commit"] == newest[key[0]] else 0.4
         axes.barh(-place, share, 0.72, color=colour, alpha=alpha)
-        axes.text(share + 1, -place, f"{share:.0f}", va="center", fontsize=7.5)
+        axes.text(share + 1, -place, f"{share:.0f}", va="center", fontsize=7.5, color=_INK)
     names = [f"{p} {v if r == 'ours' else r}" for p, r, v in order]
     axes.set_yticks([-i for i in range(len(order))], labels=names, fontsize=8)
     axes.set_ylim(-len(order) + 0.4, 0.6)
@@ -226,8 +231,8 @@ def roofline() -> Plot | None:
     axes.set_xlabel("% of the read bandwidth")
     alt = "Share of the measured read bandwidth that decoding at batch 1 reaches, by precision, runtime and variant"
     note = (
-        "Tokens a second times bytes a token, over the bandwidth of a plain read in the same rounds, which differs much "
-        "from run to run on this shared machine. Blue is ours; faded bars are of an older run than the full ones."
+        "Tokens a second times bytes a token, over the bandwidth of a plain read in the same rounds, which differs "
+        "much from run to run on this shared machine. Blue is ours; faded bars are of an older run than the full ones."
     )
     return Plot("roofline", "Share of the roofline, decode at batch 1", alt, note, _svg("roofline", figure, alt))
 

@@ -39,7 +39,7 @@ def true_size(model: str, method: str, steps: str, metric: str) -> str:
 
 def needs(model: str) -> str:
     size = _GB.get(model)
-    return f"the real weights of {model} ({size} GB) and a device that holds them" if size else "the real weights"
+    return f"the real weights ({size} GB) and a device that holds them" if size else "the real weights"
 
 
 def checks(method: str, blocks: int, metric: str) -> tuple[Check, ...]:
