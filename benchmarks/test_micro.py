@@ -3,6 +3,9 @@
     pytest benchmarks/ --benchmark-json after.json     # --benchmark-disable: each once, nothing timed
     python benchmarks/compare.py before.json after.json
 
+Five takes of the whole suite (conftest.py). `control` is torch's own work, which no change of ours touches: what it
+differs by between two files is the machine.
+
 Shapes are SmolLM2-135M's, weights random and, but for the head, small enough to stay in a large cache: they compare
 versions of the code, and say nothing about memory bandwidth. On CUDA, where there is a device, a call ends with the
 device's work.
@@ -27,6 +30,7 @@ from steps import decode_step, quantized, random_weights
 from depthprune_runtime import ops
 from depthprune_runtime.quantized import QuantSpec
 
+pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=5)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PROJECTIONS = {"qkv": (960, 576), "gate_up": (3072, 576), "down": (576, 1536), "lm_head": (49152, 576)}
 PRECISIONS = {"bf16": None, "int8": QuantSpec(8, 64), "int4": QuantSpec(4, 32)}
@@ -44,6 +48,15 @@ def timed(benchmark: Any, device: str, run: Callable[[], Tensor]) -> Tensor:
         return out
 
     return benchmark(call)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [192, 4096])
+def test_control(benchmark: Any, device: str, size: int) -> None:
+    """A product in cache, and one of 32 MB by a vector."""
+    x = torch.ones(size, size if size < 1000 else 1, device=device, dtype=torch.bfloat16)
+    weight = torch.ones(size, size, device=device, dtype=torch.bfloat16)
+    assert timed(benchmark, device, lambda: weight @ x).isfinite().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -28,6 +28,7 @@ th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bo
 th { background: var(--tint); white-space: nowrap; }
 .raw td { white-space: nowrap; }
 .summary td:first-child, .summary td:nth-child(4) { min-width: 15rem; }
+.summary td:nth-child(2) { min-width: 9rem; }
 .claims { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .claim { border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; min-width: 0; font-size: .88rem; }
 .claim h3 { margin: 0; } .claim p { margin: .2rem 0; } .claim dl { margin: .5rem 0; }
