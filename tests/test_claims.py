@@ -57,10 +57,10 @@ def test_rows_are_there(result):
 def test_speedups_are_the_medians_of_one_run():
     for result in RESULTS:
         for answer in result.answers:
-            if answer.exact or not answer.rows[0].startswith("cpu.csv"):
+            if answer.exact or not answer.rows[0].startswith("cpu"):
                 continue
-            lines = {r[evidence.LINE]: r for r in evidence.read("cpu")}
-            pruned, dense = (lines[name.partition(":")[2]] for name in answer.rows)
+            rows = {r[evidence.WHERE]: r for name in evidence.CPU for r in evidence.read(name)}
+            pruned, dense = (rows[name] for name in answer.rows)
             assert dense["variant"] == "dense" != pruned["variant"]
             for key in ("precision", "what", "model", "commit", "command", "runtime"):
                 assert pruned[key] == dense[key]
@@ -104,8 +104,8 @@ def row(variant: str, commit: str, median: float, spread: float = 0.1) -> dict[s
     return stored | {"bytes_per_token": "", "of_limit": "", "date": "", "commit": commit, "command": "c"}
 
 
-def store(folder: Path, rows: list[dict[str, str]]) -> None:
-    with (folder / "cpu.csv").open("w", newline="") as file:
+def store(folder: Path, rows: list[dict[str, object]], name: str = "cpu") -> None:
+    with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -125,6 +125,24 @@ def test_only_one_run_is_compared(tmp_path, monkeypatch):
     answer = claims.Answer("what", "x", tuple(found))
     assert "the run before, the same code, agrees: 1.50x" in answer.text
     assert claims.Answer("what", "x", tuple(found[:2])).short.endswith("(the run before disagrees)")
+
+
+def test_rows_of_a_gpu_answer_at_the_true_size(tmp_path, monkeypatch):
+    import bench_gpu
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    settings = "64 x 64 + 128 tokens, group 0"
+    place = {"machine": "a GPU", "date": "", "commit": "a", "command": "c"}
+    dense = bench_gpu._row("llama-2-70b/4", "ours dense", "decode64", "tokens/s", [10, 11, 12], settings=settings)
+    more = {"ratio": "1.231", "settings": settings}
+    less = bench_gpu._row("llama-2-70b/4", "ours flattengpt 20%", "decode64", "tokens/s", [12, 13, 14], **more)
+    store(tmp_path, [dense | place, less | place], "gpu")
+    result = next(r for r in claims.results() if r.claim.name == "flattengpt-70b-throughput")
+    assert result.status == "measured on a part of the depth"
+    (answer,) = result.answers
+    assert answer.found[-1].value == 1.231
+    assert answer.rows == ("gpu.csv:3", "gpu.csv:2")
+    assert "20 of the 80 blocks" in answer.text and "a GPU" in answer.text
 
 
 def test_several_seeds_are_told_with_their_deviation(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ SHORTGPT, FINERCUT, FLATTENGPT = "2403.03853", "2405.18218", "2602.08858"
 
 def cpu_command(variant: str, *cases: str, precision: str = "bf16") -> str:
     start = f"python benchmarks/bench_cpu.py {WEIGHTS} --models smollm2-135m --precisions {precision} --runtimes ours"
-    return f"{start} --variants dense {shlex.quote(variant)} --rounds 9 --cases {' '.join(cases)}"
+    return f"{start} --variants dense {shlex.quote(variant)} --rounds 9 --results cpu_alone --cases {' '.join(cases)}"
 
 
 def gpu_command(model: str, variant: str, cases: str, *more: str) -> str:

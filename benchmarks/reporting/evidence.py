@@ -13,7 +13,8 @@ from pathlib import Path
 import tables
 
 Row = Mapping[str, str]
-LINE = "_line"  # of the file, where a row ends
+WHERE = "_where"  # file:line, where a row ends
+CPU = ("cpu", "cpu_alone")  # beside peers; ours alone, as the claims' commands run it
 _RUN = ("model", "precision", "date", "commit", "command")
 
 
@@ -42,13 +43,13 @@ class Found:
 
 
 def read(name: str, folder: Path | None = None) -> list[dict[str, str]]:
-    """Rows with the line that each ends on; none where there is no file."""
+    """Rows with their places; none where there is no file."""
     path = (folder or tables.RESULTS) / f"{name}.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        return [{**row, LINE: str(reader.line_num)} for row in reader]
+        return [{**row, WHERE: f"{path.name}:{reader.line_num}"} for row in reader]
 
 
 def runs(rows: Sequence[Row], what: Sequence[str]) -> list[dict[tuple[str, ...], Row]]:
@@ -67,7 +68,8 @@ def runs(rows: Sequence[Row], what: Sequence[str]) -> list[dict[tuple[str, ...],
 
 def cpu_runs(model: str, precision: str) -> list[dict[tuple[str, ...], Row]]:
     """Oldest first, by (runtime, variant, what)."""
-    rows = [r for r in read("cpu") if (r["model"], r["precision"]) == (model, precision)]
+    rows = [r for name in CPU for r in read(name) if (r["model"], r["precision"]) == (model, precision)]
+    rows.sort(key=lambda r: r["date"])  # keeps the order of a day
     return runs(rows, ("runtime", "variant", "what"))
 
 
@@ -91,13 +93,13 @@ def cpu_speedups(variant: str, case: str, model: str, precision: str) -> list[Fo
             rates = [f"{float(r['median']):,.1f}" for r in (ours, dense)]
             note = f"{rates[0]} over {rates[1]} tokens/s; bytes alone {bound:.2f}x; dense ran at {shares[0]}, "
             note += f"pruned at {shares[1]} of read bandwidth"
-        rows = tuple(f"cpu.csv:{r[LINE]}" for r in (ours, dense))
+        rows = tuple(r[WHERE] for r in (ours, dense))
         found.append(_ratio(ours, dense, rows, note))
     return found
 
 
 def _stale(found: Found, dense: Row) -> Found:
-    rate = f"dense alone was measured again since: {float(dense['median']):,.1f} {dense['unit']}, cpu.csv:{dense[LINE]}"
+    rate = f"dense alone was measured again since: {float(dense['median']):,.1f} {dense['unit']}, {dense[WHERE]}"
     return dataclasses.replace(found, stale=rate)
 
 
@@ -110,7 +112,7 @@ def gpu_speedups(model: str, runtime: str, case: str, settings: str) -> list[Fou
                 continue
             dense = run.get(("ours dense", case, how))
             if dense is not None:
-                rows = tuple(f"gpu.csv:{r[LINE]}" for r in (row, dense))
+                rows = tuple(r[WHERE] for r in (row, dense))
                 ratio = _ratio(row, dense, rows, f"{row['machine']}; {how}")
                 found.append(Found(float(row["ratio"]), ratio.low, ratio.high, rows, row["commit"], ratio.note))
     return found
@@ -139,7 +141,7 @@ def perplexity_ratio(variant: str, blocks: int, repair: str) -> Found | None:
         return None
     values = [float(r["perplexity"]) / float(dense[-1]["perplexity"]) for r in rows]
     mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-    used = tuple(f"quality.csv:{r[LINE]}" for r in (*rows, dense[-1]))
+    used = tuple(r[WHERE] for r in (*rows, dense[-1]))
     note = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
     low, high = (None, None) if deviation is None else (mean - deviation, mean + deviation)
     return Found(mean, low, high, used, rows[-1]["commit"], note)
@@ -161,7 +163,7 @@ def zero_shot_kept(variant: str, blocks: int, repair: str) -> Found | None:
     value = 100 * mean / base[0]
     error = value * math.hypot(each[0][1] / mean, base[1] / base[0])
     above = 100 * (mean - CHANCE) / (base[0] - CHANCE)
-    rows = tuple(f"quality.csv:{r[LINE]}" for r in (*scored, dense[-1]))
+    rows = tuple(r[WHERE] for r in (*scored, dense[-1]))
     note = f"{above:.0f}% of what the dense model has above chance; {len(each)} seed{'s' if len(each) > 1 else ''}"
     return Found(value, value - error, value + error, rows, scored[-1]["commit"], note)
 
@@ -173,4 +175,4 @@ def quantized_ratio(variant: str, base: str) -> Found | None:
     if one is None or other is None:
         return None
     value = float(one["perplexity"]) / float(other["perplexity"])
-    return Found(value, None, None, tuple(f"quantization.csv:{r[LINE]}" for r in (one, other)), one["commit"])
+    return Found(value, None, None, tuple(r[WHERE] for r in (one, other)), one["commit"])

@@ -150,9 +150,11 @@ def quality_points() -> list[Point]:
             kind = row["variant"]
             found.append(Point(2e-6 * row["parameters"], row["perplexity"], label, kind, row["repair"] == "ridge"))
     for (variant,), row in tables.last(tables.read("quantization"), "variant").items():
-        if variant != "bf16":
-            kind = "both" if "shortgpt" in variant and "int" in variant else "quantised"
-            found.append(Point(float(row["weight_mb"]), float(row["perplexity"]), variant, kind))
+        pruned = "shortgpt" in variant
+        if variant == "bf16" or (pruned and "int" not in variant):
+            continue  # not quantised: in quality.csv
+        kind = "both" if pruned else "quantised"
+        found.append(Point(float(row["weight_mb"]), float(row["perplexity"]), variant, kind))
     return found
 
 
