@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, append_rows, environment, paired_ratio, print_json, spread
-from on_gpu import kernels
+from on_gpu import decode_kernels, kernels
 from on_gpu.generation import DENSE, PEERS, Case, Generation, release
 from on_gpu.models import SPECS, make_pool
 from on_gpu.timing import Budget, Clock
@@ -39,7 +39,8 @@ from shapes import decode_bytes, prefill_flops
 from depthprune_runtime.ops import implementations
 
 GENERATION = {"decode1": 1, "decode8": 8, "decode64": 64, "prefill2048": 1}  # prompts together
-CASES = (*kernels.OPS, *GENERATION)
+KERNELS = (*kernels.OPS, *decode_kernels.OPS)
+CASES = (*KERNELS, *GENERATION)
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-3-8b")
 MORE_MODELS = ("llama-2-70b/4",)  # only by name
 Row = dict[str, Any]
@@ -75,7 +76,7 @@ class Bench:
         """Rows as they are measured."""
         yield self._machine()
         for model in self.args.models:
-            for op in [c for c in self.args.cases if c in kernels.OPS]:
+            for op in [c for c in self.args.cases if c in KERNELS]:
                 if self._stopped(f"{model} {op}"):
                     continue
                 yield self._kernel_rows(model, op)
@@ -102,7 +103,7 @@ class Bench:
         dtype = torch.bfloat16
         found: list[Row] = []
         settings = implementations(op)["CPU" if self.tiny else "CUDA"]
-        for make in kernels.Shapes(SPECS[model], sizes, self.device, dtype).of(op):
+        for make in decode_kernels.Shapes(SPECS[model], sizes, self.device, dtype).of(op):
             if found and self._stopped(f"the rest of {model} {op}"):
                 break
             try:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from depthprune_runtime.kernels.attention_decode import decode
 from depthprune_runtime.kernels.attention_prefill import prefill
+from depthprune_runtime.kernels.launch_attention import NO_WINDOW
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LOG2_E = math.log2(math.e)
-_NO_WINDOW = 2**31 - 1
 
 
 def _check(op: str, q: Tensor, keys: dict[str, Tensor], metadata: dict[str, tuple[Tensor, int]], scale: float) -> None:
@@ -46,6 +46,10 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def _tokens_seen(window: int) -> int:
+    return min(window, NO_WINDOW) if window > 0 else NO_WINDOW
+
+
 def varlen_attention(
     q: Tensor,  # [T, H, D]
     k: Tensor,  # [T, K, D]
@@ -64,7 +68,7 @@ def varlen_attention(
         return out
     q, k, v, target = _dense(q), _dense(k), _dense(v), _dense(out)
     with torch.cuda.device_of(q):  # Triton launches on the current device, not on that of the tensors
-        prefill(q, k, v, None, None, cu_seqlens.contiguous(), target, scale * _LOG2_E, window)
+        prefill(q, k, v, None, None, cu_seqlens.contiguous(), target, scale * _LOG2_E, _tokens_seen(window))
     return out if target is out else out.copy_(target)
 
 
@@ -96,9 +100,8 @@ def paged_attention(
     scale *= _LOG2_E
     with torch.cuda.device_of(q):
         if q.shape[0] == batch:
-            seen = window if window > 0 else _NO_WINDOW
-            decode(q, k_cache, v_cache, block_tables, context_lens, target, scale, seen)
+            decode(q, k_cache, v_cache, block_tables, context_lens, target, scale, _tokens_seen(window))
         else:
-            bounds = cu_seqlens_q.contiguous()
-            prefill(q, k_cache, v_cache, block_tables, context_lens, bounds, target, scale, window)
+            bounds, seen = cu_seqlens_q.contiguous(), _tokens_seen(window)
+            prefill(q, k_cache, v_cache, block_tables, context_lens, bounds, target, scale, seen)
     return out if target is out else out.copy_(target)

@@ -23,6 +23,7 @@ from depthprune_runtime.kernels.dot import dot
 from depthprune_runtime.kernels.key_rows import paged_rows
 from depthprune_runtime.kernels.launch import capability_of, next_power_of_2, sm_count_of
 from depthprune_runtime.kernels.launch_attention import MAX_TICKETS, decode_config
+from depthprune_runtime.kernels.pdl import follow, pdl_options
 
 
 @triton.jit
@@ -197,9 +198,11 @@ def paged_decode_kernel(
     NUM_STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    request, kv_head = pair // num_kv_heads, pair % num_kv_heads
+    follow(PDL)
+    pair, split = tl.program_id(0), tl.program_id(1)
+    request, kv_head = (pair // num_kv_heads).to(tl.int64), (pair % num_kv_heads).to(tl.int64)
     length = tl.load(lengths_ptr + request).to(tl.int32)
     first = tl.maximum(length - window, 0)
     first_tile = first // BLOCK_N
@@ -235,7 +238,7 @@ def paged_decode_kernel(
     if not SPLIT or used <= 1:
         _store(out_ptr, out_head_stride, rows, dims, mask, total, acc)
     else:
-        partial = pair * splits * GROUP
+        partial = pair.to(tl.int64) * splits * GROUP
         row = partial + split * GROUP + rows
         tl.store(partial_m_ptr + row, m, mask=rows < GROUP)
         tl.store(partial_l_ptr + row, total, mask=rows < GROUP)
@@ -287,12 +290,12 @@ def decode(
     )  # fmt: skip
     group, pairs = num_heads // num_kv_heads, batch * num_kv_heads
     block_d = max(16, next_power_of_2(head_dim))
-    partial_o = partial_m = partial_l = tickets = None
+    tickets = _tickets(q.device)  # also where nothing is split: any decode prepares a device for captures
+    partial_o = partial_m = partial_l = None
     if config.splits > 1:
-        stats = torch.empty(2, pairs, config.splits, group, dtype=torch.float32, device=q.device)
-        partial_m, partial_l = stats.unbind(0)
-        partial_o = stats.new_empty(pairs, config.splits, group, head_dim)
-        tickets = _tickets(q.device)
+        partial_m = torch.empty(pairs, config.splits, group, dtype=torch.float32, device=q.device)
+        partial_l = torch.empty_like(partial_m)
+        partial_o = partial_m.new_empty(pairs, config.splits, group, head_dim)
     rows = next_power_of_2(group)
     paged_decode_kernel[(pairs, config.splits)](
         q, k_cache, v_cache, block_tables, context_lens, out, partial_o, partial_m, partial_l, tickets,
@@ -301,4 +304,5 @@ def decode(
         GROUP=group, HEAD_DIM=head_dim, KV_BLOCK=kv_block, SPLIT=config.splits > 1,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, NUM_STAGES=config.num_stages,
         ROWS=rows, CHUNK=max(1, 4096 // (rows * block_d)), num_warps=config.num_warps, num_stages=config.num_stages,
+        **pdl_options(capability_of(q.device)),
     )  # fmt: skip

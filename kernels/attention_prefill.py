@@ -20,7 +20,7 @@ from torch import Tensor
 from depthprune_runtime.kernels.dot import dot
 from depthprune_runtime.kernels.key_rows import paged_rows
 from depthprune_runtime.kernels.launch import capability_of, next_power_of_2
-from depthprune_runtime.kernels.launch_attention import prefill_config
+from depthprune_runtime.kernels.launch_attention import NO_WINDOW, prefill_config
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def prefill(
     cu_seqlens: Tensor,  # [B + 1]
     out: Tensor,  # [T, H, D], written
     scale: float,  # log2(e) included
-    window: int,  # tokens that a query sees, 0: all
+    window: int,  # tokens that a query sees
 ) -> None:
     """Launcher; arguments as attention.py has checked them."""
     num_tokens, num_heads, head_dim = q.shape
@@ -193,9 +193,9 @@ def prefill(
         k, v = k[None], v[None]  # one kv_block of all tokens, whose first stride is not used
     prefill_kernel[(num_tokens // tile_tokens + num_requests, num_kv_heads)](
         q, k, v, block_tables, context_lens, cu_seqlens, out,
-        scale, num_requests, window or 2**31 - 1, block_tables.stride(0) if paged else 0,
+        scale, num_requests, window, block_tables.stride(0) if paged else 0,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2],
-        GROUP=group, HEAD_DIM=head_dim, PAGED=paged, KV_BLOCK=k.shape[1] if paged else 1, WINDOWED=window > 0,
+        GROUP=group, HEAD_DIM=head_dim, PAGED=paged, KV_BLOCK=k.shape[1] if paged else 1, WINDOWED=window != NO_WINDOW,
         TILE_TOKENS=tile_tokens, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_D=max(16, next_power_of_2(head_dim)), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from depthprune_runtime.kernels.launch import next_power_of_2
 
 MAX_HEAD_DIM = 256
+NO_WINDOW = 2**31 - 1  # the window, in tokens, of a query that sees all
 # Tickets that a device's decode workspace holds; a split launch has no more (request, KV group) pairs than that.
 MAX_TICKETS = 4096
 _SM_COUNTS = {8: 108, 9: 132, 10: 148}  # A100, H100, B200
@@ -66,8 +67,8 @@ def prefill_config(
     if capability == _INTERPRETED:  # tiles so small that tests of few tokens have several
         return AttentionConfig(max(16, group), 16, 4, 1)
     if element_size == 4:  # full float32 products run on the plain units, from registers
-        return AttentionConfig(max(32, group), 32 if head_dim <= 128 else 16, 8, 1)
-    # Whatever tile is one step wider needs more than the 255 registers of a thread (ptxas of Triton 3.6).
+        return AttentionConfig(max(32, group), 16, 8, 1)
+    # Whatever tile is one step wider needs more than the 255 registers of a thread (Triton 3.6, 3.9).
     if capability >= (9, 0):
         block_m, block_n, tiles = (128, 64, 2) if head_dim <= 128 else (64, 32, 2)
     elif head_dim <= 128:
@@ -112,8 +113,9 @@ def decode_config(
         return AttentionConfig(
             block_m, 16, 4, 1, *_splits(batch * num_kv_heads, -(-max_context // 16), 16, sm_count or 4)
         )
-    # A tile of K is 8 KB or so: 4 loads of 16 bytes for each of 128 threads, and short contexts still split.
-    block_n = max(16, min(64, 8192 // (next_power_of_2(head_dim) * element_size)))
+    # A tile of K is 8 KB at most: 4 loads of 16 bytes for each of 128 threads, and short contexts still split.
+    block_n = max(16, min(32, 8192 // (next_power_of_2(head_dim) * element_size)))
     sm_count = sm_count or _SM_COUNTS.get(capability[0], 108)
     splits, min_tiles = _splits(batch * num_kv_heads, -(-max_context // block_n), block_n, sm_count)
-    return AttentionConfig(block_m, block_n, 4, _stages(3, indirect=block_m > 1), splits, min_tiles)
+    num_warps = 4 if block_m * next_power_of_2(head_dim) <= 8192 else 8  # float32 sums of 64 registers a thread
+    return AttentionConfig(block_m, block_n, num_warps, _stages(3, indirect=block_m > 1), splits, min_tiles)

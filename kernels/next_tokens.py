@@ -10,13 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthprune_runtime.kernels.launch import capability_of
 from depthprune_runtime.kernels.launch_rows import next_tokens_block
+from depthprune_runtime.kernels.pdl import follow, pdl_options
 
 
 @triton.jit
 def next_tokens_kernel(
     best_ptr,  # [B, R] float32
     candidates_ptr,  # [B, R] int32
+    drawn_ptr,  # [B] int64
     stop_ids_ptr,  # [B, I] int64
     block_tables_ptr,  # [B, M] int64
     ids_ptr,  # [B] int64
@@ -30,10 +33,13 @@ def next_tokens_kernel(
     kv_block_size,
     num_steps,
     batch,
+    HAS_DRAWN: tl.constexpr,
     NUM_RUNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK_R)
     best = tl.full([BLOCK_R], -float("inf"), tl.float32)
@@ -49,6 +55,9 @@ def next_tokens_kernel(
     run = tl.min(tl.where(best == largest, place, NUM_RUNS), axis=0)
     finite = (largest > -float("inf")) & (largest < float("inf"))
     chosen = tl.load(candidates_ptr + row * NUM_RUNS + run).to(tl.int64)
+    if HAS_DRAWN:
+        drawn = tl.load(drawn_ptr + row)
+        chosen = tl.where(drawn >= 0, drawn, chosen)
     chosen = tl.where(finite, chosen, -1)
 
     count = tl.load(counts_ptr + row)
@@ -71,6 +80,7 @@ def next_tokens_kernel(
 def next_tokens(
     best: Tensor,  # [B, R] float32
     candidates: Tensor,  # [B, R] int32
+    drawn: Tensor | None,  # [B] int64
     stop_ids: Tensor,  # [B, I] int64
     block_tables: Tensor,  # [B, M] int64
     kv_block_size: int,
@@ -84,6 +94,8 @@ def next_tokens(
     """Launcher of op `next_tokens`."""
     batch, runs = best.shape
     state = {"ids": ids, "positions": positions, "slots": slots, "context_lens": context_lens, "counts": counts}
+    if drawn is not None:
+        state["drawn"] = drawn
     for name, tensor in state.items():
         if tuple(tensor.shape) != (batch,) or tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise ValueError(
@@ -98,9 +110,11 @@ def next_tokens(
     if batch == 0:
         return
     block, warps = next_tokens_block(runs)
+    stops = max(1, triton.next_power_of_2(stop_ids.shape[1]))
+    pdl = pdl_options(capability_of(best.device))
     with torch.cuda.device_of(best):
         next_tokens_kernel[(batch,)](
-            best, candidates, stop_ids, block_tables, ids, positions, slots, context_lens, counts, tokens,
+            best, candidates, drawn, stop_ids, block_tables, ids, positions, slots, context_lens, counts, tokens,
             stop_ids.shape[1], block_tables.shape[1], kv_block_size, tokens.shape[0], batch,
-            NUM_RUNS=runs, BLOCK_R=block, BLOCK_I=max(1, triton.next_power_of_2(stop_ids.shape[1])), num_warps=warps,
+            HAS_DRAWN=drawn is not None, NUM_RUNS=runs, BLOCK_R=block, BLOCK_I=stops, num_warps=warps, **pdl,
         )  # fmt: skip

@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthprune_runtime.kernels.launch import capability_of
+from depthprune_runtime.kernels.pdl import follow, pdl_options
+
 
 @triton.jit
 def _normalised(a, b, gain_ptr, pairs, inside, HALF_DIM, eps):
@@ -50,7 +53,9 @@ def rotary_kv_write_kernel(
     BLOCK: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     pairs = tl.arange(0, BLOCK)
@@ -128,4 +133,5 @@ def rotary_kv_write(
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), eps,
             HALF_DIM=half, BLOCK=triton.next_power_of_2(half), Q_NORM=q_norm is not None, K_NORM=k_norm is not None,
             num_warps=1,  # a head is one short row
+            **pdl_options(capability_of(q.device)),
         )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from depthprune_runtime.kernels.dot import dot
 from depthprune_runtime.kernels.launch_rows import RowsConfig, rows_config
+from depthprune_runtime.kernels.pdl import follow, pdl_options
 
 
 @triton.jit
@@ -79,10 +80,12 @@ def dense_products(
     EVEN_K: tl.constexpr,
     USE_DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """[BLOCK_N, BLOCK_T] float32"""
     starts = weight_ptr + rows.to(tl.int64)[:, None] * K
     if USE_DOT:
+        follow(PDL)
         rstd = tl.zeros([BLOCK_T], tl.float32)
         if NORM:
             rstd = inverse_rms(x_ptr, x_stride, num_tokens, K, eps, BLOCK_T, BLOCK_K)
@@ -94,9 +97,15 @@ def dense_products(
             y = _inputs(x_ptr, x_stride, gain_ptr, rstd, columns, num_tokens, K, NORM, BLOCK_T)
             acc = dot(w, y, acc)
     else:
-        sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        squares = tl.zeros([BLOCK_K], tl.float32)
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        # The first tile is on its way while the kernel before this one ends.
+        columns = tl.arange(0, BLOCK_K)
+        mask = rows_in[:, None] if EVEN_K else rows_in[:, None] & (columns < K)[None, :]
+        w = tl.load(starts + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        follow(PDL)
+        x, y = _one_input(x_ptr, gain_ptr, columns, K, NORM)
+        sums = w.to(tl.float32) * y[None, :]
+        squares = x * x
+        for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
             columns = k + tl.arange(0, BLOCK_K)
             mask = rows_in[:, None] if EVEN_K else rows_in[:, None] & (columns < K)[None, :]
             w = tl.load(starts + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
@@ -133,6 +142,7 @@ def quantized_products(
     BLOCK_K: tl.constexpr,  # words
     USE_DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """[BLOCK_N, BLOCK_T] float32"""
     PER: tl.constexpr = 32 // BITS
@@ -140,6 +150,7 @@ def quantized_products(
     words: tl.constexpr = groups * (GROUP // PER)  # of a row
     panel = (rows // 16).to(tl.int64)
     row = rows % 16
+    follow(PDL)
     rstd = tl.zeros([BLOCK_T], tl.float32)
     if NORM:
         rstd = inverse_rms(x_ptr, x_stride, num_tokens, K, eps, BLOCK_T, 256)
@@ -201,17 +212,18 @@ def products(
     EVEN_K: tl.constexpr,
     USE_DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Dense where BITS is 0, else quantised."""
     if BITS == 0:
         acc = dense_products(
             x_ptr, x_stride, gain_ptr, weight_ptr, rows, rows_in, num_tokens, K, eps,
-            NORM, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES,
+            NORM, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES, PDL,
         )  # fmt: skip
     else:
         acc = quantized_products(
             x_ptr, x_stride, gain_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, K, eps,
-            NORM, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, USE_DOT, STAGES,
+            NORM, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, USE_DOT, STAGES, PDL,
         )  # fmt: skip
     return acc
 
@@ -251,5 +263,6 @@ def configure(
         "USE_DOT": config.use_dot,
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
+        **pdl_options(capability),
     }
     return config, constants

@@ -1,9 +1,10 @@
 """`DecodeLoop`: decode steps of a fixed set of requests, one after another, without the host between them.
 
-The requests' state lives on the device; every step ends with `ops.next_tokens`, which chooses greedy tokens, notices
-stop tokens and sets up the next step. The host hands over a batch, launches the steps and reads all their tokens once.
-On a GPU the step is a CUDA graph, captured once per bucket: the number of rows rounded up to a power of two, and the
-width of the block tables likewise; rows too many hold no request. Elsewhere the same ops run one by one.
+The requests' state lives on the device; every step ends with `ops.next_tokens`, which chooses tokens, greedy or drawn
+at a temperature by numbers that came with the batch, notices stop tokens and sets up the next step. The host hands over
+a batch, launches the steps and reads all their tokens once. On a GPU the step is a CUDA graph, captured once per
+bucket: the number of rows rounded up to a power of two, the width of the block tables likewise, and whether any row
+draws; rows too many hold no request. Elsewhere the same ops run one by one.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Rows:
     positions: Ints  # [B]
     tables: Ints  # [B, M] kv_blocks, with room for all steps
     stop_ids: list[list[int]]  # B of them
+    temperatures: list[float]  # B of them, 0: greedy
+    uniform: npt.NDArray[np.float64] | None = None  # [steps, B], where a temperature is not 0
 
 
 def build_decode_loop(decoder: Decoder, cache: KVCache) -> DecodeLoop | None:
@@ -58,7 +61,7 @@ def build_decode_loop(decoder: Decoder, cache: KVCache) -> DecodeLoop | None:
 
 
 class DecodeLoop:
-    """Greedy decode over `decoder` and its KV cache; at most MAX_ROWS requests, at most MAX_STEPS steps a call."""
+    """Decode over `decoder` and its KV cache; at most MAX_ROWS requests, at most MAX_STEPS steps a call."""
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         size = cache.kv_block_size
@@ -68,7 +71,7 @@ class DecodeLoop:
         self._step = FusedStep(
             decoder, cache.pairs, min(decoder.spec.max_position_embeddings, self._most_blocks * size)
         )
-        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
         self._pool: Any = None  # graphs never run side by side, so they share their memory
 
     def fits(self, num_rows: int, stop_ids: list[list[int]] | None = None) -> bool:
@@ -81,7 +84,7 @@ class DecodeLoop:
         return bucket.logits[: len(rows.ids)]
 
     def tokens(self, rows: Rows, steps: int) -> Ints:  # [steps, B]
-        """The next `steps` greedy tokens; -1 for logits that are not finite. After a row's end they mean nothing."""
+        """The next `steps` tokens; -1 for logits that are not finite. After a row's end they mean nothing."""
         assert 1 <= steps <= MAX_STEPS
         bucket = self._load(rows)
         for _ in range(steps):
@@ -94,9 +97,10 @@ class DecodeLoop:
         count, width = rows.tables.shape
         batch = 1 << (count - 1).bit_length()
         wide = min(max(_MIN_WIDTH, 1 << (width - 1).bit_length()), max(width, self._most_blocks))
-        bucket = self._buckets.get((batch, wide))
+        key = (batch, wide, rows.uniform is not None)
+        bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[batch, wide] = _Bucket(self._run, batch, wide, self._decoder.device)
+            bucket = self._buckets[key] = _Bucket(self._run, *key, self._decoder.device)
             if self._decoder.device.type == "cuda":
                 self._pool = bucket.capture(self._pool)
         size = self._kv_block_size
@@ -107,8 +111,11 @@ class DecodeLoop:
     def _run(self, bucket: _Bucket) -> Tensor:
         state = bucket.state
         logits, best, candidates = self._step.run(state)
+        drawn = None
+        if bucket.draws:
+            drawn = ops.draw_tokens(logits, bucket.temperatures, bucket.uniform, bucket.counts)
         ops.next_tokens(
-            best, candidates, bucket.stop_ids, state.block_tables, self._kv_block_size,
+            best, candidates, drawn, bucket.stop_ids, state.block_tables, self._kv_block_size,
             state.ids, state.positions, state.slots, state.context_lens, bucket.counts, bucket.tokens,
         )  # fmt: skip
         return logits
@@ -117,9 +124,11 @@ class DecodeLoop:
 class _Bucket:
     """State of `batch` rows at addresses that never change, and the step over it, as a graph where it was captured."""
 
-    def __init__(self, run: Callable[[_Bucket], Tensor], batch: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self, run: Callable[[_Bucket], Tensor], batch: int, width: int, draws: bool, device: torch.device
+    ) -> None:
         self._run = run
-        self._batch = batch
+        self.draws = draws
         # one tensor, so that a batch arrives in one copy: five columns of state, stop ids, block tables
         self._packed = torch.zeros(batch, 5 + _MAX_STOP_IDS + width, dtype=torch.int64, device=device)
         self._host = torch.zeros(self._packed.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -127,6 +136,8 @@ class _Bucket:
         self.stop_ids = torch.full((batch, _MAX_STOP_IDS), -1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(MAX_STEPS, batch, dtype=torch.int64, device=device)
+        self.temperatures = torch.zeros(batch, dtype=torch.float32, device=device)
+        self.uniform = torch.zeros(MAX_STEPS, batch, dtype=torch.float64, device=device)
         self.logits = torch.empty(0, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -164,6 +175,9 @@ class _Bucket:
             target.copy_(self._packed[:, column])
         self.stop_ids.copy_(self._packed[:, 5:first])
         state.block_tables.copy_(self._packed[:, first:])
+        if rows.uniform is not None:
+            self.temperatures[:count].copy_(torch.tensor(rows.temperatures, dtype=torch.float32))
+            self.uniform[: len(rows.uniform), :count].copy_(torch.from_numpy(rows.uniform))
 
     def replay(self) -> None:
         if self._graph is not None:

@@ -52,7 +52,8 @@ class Engine:
     max_num_seqs: outputs running at once; max_num_batched_tokens: tokens computed in a step, prompts in chunks;
     max_waiting: outputs in the waiting queue, None for any number; enable_prefix_caching: reuse keys and values of
     equal beginnings; decode_steps: tokens a request that a GPU may compute before the host looks at them, 1 to 16,
-    while all requests are greedy and none waits: their deltas come in bursts of as many.
+    while none waits and all are greedy or sampled without filters, penalties and log-probabilities: their deltas come
+    in bursts of as many.
     """
 
     def __init__(
@@ -167,7 +168,9 @@ class Engine:
 
     def _compute(self, chunks: list[Chunk]) -> list[OutputDelta]:
         steps = self._steps_ahead(chunks)
-        tokens = self._runner.run_ahead(chunks, steps) if steps > 1 else None
+        tokens = None
+        if steps > 1:
+            tokens = self._runner.run_ahead(chunks, [self._samplers[c.request.arrival] for c in chunks], steps)
         if tokens is not None:
             self._num_steps += steps
             return self._take_ahead(chunks, tokens.tolist())
@@ -181,8 +184,8 @@ class Engine:
             return 1
         requests = [c.request for c in chunks]
         steps = min(self._decode_steps, *(r.max_new_tokens - r.num_output_tokens for r in requests))
-        greedy = all(self._samplers[r.arrival].plain_greedy and r.params.logprobs is None for r in requests)
-        return steps if steps > 1 and greedy and self._scheduler.reserve(chunks, steps) else 1
+        plain = all(self._samplers[r.arrival].plain and r.params.logprobs is None for r in requests)
+        return steps if steps > 1 and plain and self._scheduler.reserve(chunks, steps) else 1
 
     def _take_ahead(self, chunks: Sequence[Chunk], tokens: list[list[int]]) -> list[OutputDelta]:  # [steps][R]
         deltas = []

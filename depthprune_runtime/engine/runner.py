@@ -15,6 +15,7 @@ from torch import Tensor
 
 from depthprune_runtime.engine.decode_loop import MAX_STEPS, Rows, build_decode_loop
 from depthprune_runtime.engine.kv_cache import KVCache
+from depthprune_runtime.engine.sampler import RequestSampler
 from depthprune_runtime.engine.scheduler import Chunk
 from depthprune_runtime.model.batch import Batch, PagedContext
 from depthprune_runtime.model.decode_step import build_decode_step
@@ -66,26 +67,37 @@ class Runner:
         """Most steps of `run_ahead`; 1 where the host is needed for every token."""
         return 1 if self._loop is None else MAX_STEPS
 
-    def run_ahead(self, chunks: Sequence[Chunk], steps: int) -> Ints | None:  # [steps, R]
-        """The next greedy tokens of requests with one token to compute each and room for `steps` in their tables.
+    def run_ahead(self, chunks: Sequence[Chunk], samplers: Sequence[RequestSampler], steps: int) -> Ints | None:
+        """The next tokens, [steps, R], of requests with one token to compute and room for `steps` in their tables.
 
-        -1: logits that are not finite; what follows a request's end means nothing. None where the loop does not take
-        the batch. The host looks at nothing in between.
+        Every sampler must be `plain`. -1: logits that are not finite; what follows a request's end means nothing.
+        None where the loop does not take the batch. The host looks at nothing in between.
         """
         stop_ids = [c.request.end_ids for c in chunks]
         if self._loop is None or not self._loop.fits(len(chunks), stop_ids):
             return None
-        return self._loop.tokens(self._rows(chunks, stop_ids), steps)
+        temperatures = [s.params.temperature for s in samplers]
+        uniform = None
+        if any(temperatures):
+            draws = [[s.draw() if s.params.temperature else 0.0 for _ in range(steps)] for s in samplers]
+            uniform = np.array(draws).T.copy()
+        return self._loop.tokens(self._rows(chunks, stop_ids, temperatures, uniform), steps)
 
-    def _rows(self, chunks: Sequence[Chunk], stop_ids: list[list[int]]) -> Rows:
+    def _rows(
+        self,
+        chunks: Sequence[Chunk],
+        stop_ids: list[list[int]],
+        temperatures: list[float],
+        uniform: npt.NDArray[np.float64] | None = None,
+    ) -> Rows:
         ids = np.array([c.request.token_ids[c.start] for c in chunks], dtype=np.int64)
         starts = np.array([c.start for c in chunks], dtype=np.int64)
-        return Rows(ids, starts, self._tables.rows(chunks), stop_ids)
+        return Rows(ids, starts, self._tables.rows(chunks), stop_ids, temperatures, uniform)
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor | None:  # [R, V]
         """Compute the chunks' tokens; logits of those that sample, in order, or None if there are none."""
         if self._loop is not None and self._loop.fits(len(chunks)) and all(c.samples and c.length == 1 for c in chunks):
-            return self._loop.logits(self._rows(chunks, [[] for _ in chunks]))
+            return self._loop.logits(self._rows(chunks, [[] for _ in chunks], [0.0] * len(chunks)))
         ids: list[int] = []
         for request, start, length, _ in chunks:
             if length == 1:

@@ -112,6 +112,8 @@ class RequestSampler:
     ) -> None:
         self.params = params
         self.plain_greedy = params.greedy and params.repetition_penalty == 1.0
+        filters = 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
+        self.plain = params.repetition_penalty == 1.0 and (params.greedy or not filters)  # `ops.draw_tokens` will do
         self.seen: Tensor | None = None  # [V] bool
         self._random: random.Random | None = None
         if not params.greedy:

@@ -48,7 +48,7 @@ class FusedStep:
     @staticmethod
     def ops_used(decoder: Decoder) -> list[str]:
         """Ops that need an implementation of the device for the step to be worth anything."""
-        used = {"norm_logits", "next_tokens", "linear_add"}
+        used = {"draw_tokens", "linear_add", "next_tokens", "norm_logits"}
         for sublayer in decoder.sublayers:
             if isinstance(sublayer, FFN):
                 used.add("norm_gated_linear")

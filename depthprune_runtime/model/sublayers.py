@@ -59,13 +59,17 @@ class Attention:
         qkv = self.qkv(hidden)
         heads = qkv.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            ops.head_rms_norm(q, self.q_norm, self._eps)
-            ops.head_rms_norm(k, self.k_norm, self._eps)
-        ops.rotary(q, k, self.rotary.rows(batch.max_position + 1), batch.positions)
+        table = self.rotary.rows(batch.max_position + 1)
         paged = batch.paged
         if paged is not None and kv is not None:
-            ops.kv_write(k, v, kv[0], kv[1], paged.slot_mapping)
+            ops.rotary_kv_write(
+                q, k, v, self.q_norm, self.k_norm, self._eps, table, batch.positions, *kv, paged.slot_mapping
+            )
+        else:
+            if self.q_norm is not None and self.k_norm is not None:
+                ops.head_rms_norm(q, self.q_norm, self._eps)
+                ops.head_rms_norm(k, self.k_norm, self._eps)
+            ops.rotary(q, k, table, batch.positions)
         if paged is None or kv is None or paged.fresh:
             out = ops.varlen_attention(q, k, v, batch.cu_seqlens, self.scale, self.window)
         else:

@@ -15,6 +15,8 @@ from depthprune_runtime.ops._library import implementations
 from depthprune_runtime.ops._triton import bind_triton
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.attention import paged_attention, varlen_attention
+from depthprune_runtime.ops.divergence import js_reverse
+from depthprune_runtime.ops.draw_tokens import draw_tokens
 from depthprune_runtime.ops.gated_linear import gated_linear
 from depthprune_runtime.ops.greedy import greedy
 from depthprune_runtime.ops.kv_cache import kv_write
@@ -30,10 +32,12 @@ from depthprune_runtime.ops.rotary_kv_write import rotary_kv_write
 
 __all__ = [
     "add_rms_norm",
+    "draw_tokens",
     "gated_linear",
     "greedy",
     "head_rms_norm",
     "implementations",
+    "js_reverse",
     "kv_write",
     "linear",
     "linear_add",

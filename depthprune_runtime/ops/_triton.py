@@ -12,6 +12,7 @@ from depthprune_runtime.ops._library import bind, implementations
 
 LAUNCHERS = {
     "add_rms_norm": "norm",
+    "draw_tokens": "draw_tokens",
     "gated_linear": "gated_linear",
     "linear_add": "linear_add",
     "next_tokens": "next_tokens",

@@ -21,6 +21,7 @@ from depthprune_runtime.ops._library import define
 def _next_tokens(
     best: Tensor,
     candidates: Tensor,
+    drawn: Tensor | None,
     stop_ids: Tensor,
     block_tables: Tensor,
     kv_block_size: int,
@@ -33,6 +34,8 @@ def _next_tokens(
 ) -> None:
     largest, place = best.max(-1)
     chosen = candidates.gather(1, place[:, None])[:, 0].long()
+    if drawn is not None:
+        chosen = torch.where(drawn >= 0, drawn, chosen)
     chosen = torch.where(torch.isfinite(largest), chosen, -1)
     live = slots >= 0
     rows = torch.arange(ids.shape[0], device=ids.device)
@@ -49,9 +52,9 @@ def _next_tokens(
 
 
 _next_tokens_op = define(
-    "next_tokens(Tensor best, Tensor candidates, Tensor stop_ids, Tensor block_tables, int kv_block_size, "
-    "Tensor(a!) ids, Tensor(b!) positions, Tensor(c!) slots, Tensor(d!) context_lens, Tensor(e!) counts, "
-    "Tensor(f!) tokens) -> ()",
+    "next_tokens(Tensor best, Tensor candidates, Tensor? drawn, Tensor stop_ids, Tensor block_tables, "
+    "int kv_block_size, Tensor(a!) ids, Tensor(b!) positions, Tensor(c!) slots, Tensor(d!) context_lens, "
+    "Tensor(e!) counts, Tensor(f!) tokens) -> ()",
     _next_tokens,
 )
 
@@ -59,6 +62,7 @@ _next_tokens_op = define(
 def next_tokens(
     best: Tensor,  # [B, R] float32, from `norm_logits`
     candidates: Tensor,  # [B, R] int32
+    drawn: Tensor | None,  # [B] int64, from `draw_tokens`: >= 0 where it is to be taken
     stop_ids: Tensor,  # [B, I] int64: tokens that end a request, filled up with -1
     block_tables: Tensor,  # [B, M] int64, with room for the steps to come
     kv_block_size: int,
@@ -69,10 +73,21 @@ def next_tokens(
     counts: Tensor,  # [B] int64
     tokens: Tensor,  # [steps, B] int64
 ) -> None:
-    """Greedy: the most likely token of every live row, the first of equals, -1 where its logits are not finite.
+    """The drawn or the most likely token of every live row, the first of equals; -1 where its logits are not finite.
 
     It goes to `tokens`; a stop token, -1, or a full `tokens` ends the row.
     """
     _next_tokens_op(
-        best, candidates, stop_ids, block_tables, kv_block_size, ids, positions, slots, context_lens, counts, tokens
+        best,
+        candidates,
+        drawn,
+        stop_ids,
+        block_tables,
+        kv_block_size,
+        ids,
+        positions,
+        slots,
+        context_lens,
+        counts,
+        tokens,
     )

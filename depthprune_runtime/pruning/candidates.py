@@ -29,15 +29,14 @@ _SWEEP_BYTES = 1 << 30  # hidden states of candidates that advance together
 class CandidateScorer:
     """The current pruned model over calibration windows, and the distance of every possible next one.
 
-    remaining: sub-layers left, in order, numbered as in the parent; evaluations: sub-layers run over the
-    whole calibration set so far, the one dense pass included; dense_distance: of the dense model itself.
+    remaining: sub-layers left, in order, numbered as in the parent; dense_distance: of the dense model itself.
     """
 
     def __init__(self, decoder: Decoder, windows: Tensor, distance: Distance) -> None:  # windows [N, S] int64
         self._decoder = decoder
         self._windows = windows.shape[0]
         self._batches: dict[int, Batch] = {}
-        self.evaluations = 0
+        self._passes = 0  # sub-layers run over one window each
         self.remaining = list(range(len(decoder.sublayers)))
         states = embedding(windows.to(decoder.device), plain(decoder.embed_tokens))  # [N, S, C]
         self._per_sweep = max(1, _SWEEP_BYTES // (states.numel() * states.element_size()))
@@ -50,6 +49,16 @@ class CandidateScorer:
         final = self._final(states)
         self._distance = OutputDistance(distance, windows, final, decoder.logits)
         self.dense_distance = self._distance(final) if distance == "perplexity" else 0.0
+
+    @property
+    def windows(self) -> int:
+        return self._windows
+
+    @property
+    def evaluations(self) -> float:
+        """Sub-layers run over the whole calibration set so far, the dense pass included."""
+        whole, rest = divmod(self._passes, self._windows)
+        return self._passes / self._windows if rest else whole
 
     def _batch(self, sequences: int, length: int) -> Batch:
         if sequences not in self._batches:
@@ -64,7 +73,7 @@ class CandidateScorer:
             flat = part.view(-1, part.shape[-1])
             hidden = ops.rms_norm(flat, sublayer.norm, self._decoder.spec.rms_norm_eps)
             flat += sublayer(hidden, self._batch(part.shape[0], length))
-        self.evaluations += states.shape[0] // self._windows
+        self._passes += states.shape[0]
 
     def _final(self, states: Tensor) -> Tensor:  # [N, S, C] -> [N * S, C]
         return ops.rms_norm(states.flatten(0, 1), self._decoder.norm, self._decoder.spec.rms_norm_eps)
@@ -78,24 +87,27 @@ class CandidateScorer:
             self._entering[self.remaining[self._filled]] = states
             self._filled += 1
 
-    def score(self, candidates: Sequence[int]) -> dict[int, float]:
-        """Distance from the dense model without each of `candidates`, besides what is gone already."""
+    def score(self, candidates: Sequence[int], windows: int | None = None) -> dict[int, float]:
+        """Distance from the dense model without each of `candidates`, besides what is gone already.
+
+        windows: only over so many of the calibration windows, the first ones.
+        """
         ordered = sorted(candidates)
         self._fill(self.remaining.index(ordered[-1]) + 1)
         found = {}
         for first in range(0, len(ordered), self._per_sweep):
-            found.update(self._sweep(ordered[first : first + self._per_sweep]))
+            found.update(self._sweep(ordered[first : first + self._per_sweep], windows or self._windows))
         return found
 
-    def _sweep(self, group: list[int]) -> dict[int, float]:
-        shape = self._entering[group[0]].shape
-        states = self._entering[group[0]].new_empty(len(group), *shape)  # [k, N, S, C]
+    def _sweep(self, group: list[int], windows: int) -> dict[int, float]:
+        shape = self._entering[group[0]].shape[1:]
+        states = self._entering[group[0]].new_empty(len(group), windows, *shape)  # [k, N, S, C]
         joined = 0
         for index in self.remaining[self.remaining.index(group[0]) :]:
             if joined:
                 self._advance(index, states[:joined].flatten(0, 1))
             if joined < len(group) and index == group[joined]:
-                states[joined] = self._entering[index]
+                states[joined] = self._entering[index][:windows]
                 joined += 1
         return {index: self._distance(self._final(states[n])) for n, index in enumerate(group)}
 

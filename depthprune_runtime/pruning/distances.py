@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, softplus
 
+from depthprune_runtime import ops
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning.names import DISTANCES, Distance
 
@@ -55,20 +56,12 @@ def _js(dense: Tensor, pruned: Tensor) -> Tensor:  # [R, V] twice -> [R]
     return 0.5 * terms.sum(-1)
 
 
-def _js_reverse(dense: Tensor, pruned: Tensor) -> Tensor:  # [R, V] twice -> [R]
-    p, q = log_softmax(dense, -1), log_softmax(pruned, -1)
-    # log M - (log P + log Q) / 2 = log cosh(gap / 2): no difference of large logarithms
-    gap = (p - q).abs_()
-    log_cosh = torch.exp(-gap).log1p_().add_(gap, alpha=0.5).sub_(math.log(2))
-    return (p.exp_().add_(q.exp_()).mul_(log_cosh)).sum(-1) * 0.5
-
-
 _COMPARISONS: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
     "norm": _squared_error,
     "angular": _angle,
     "kl": _kl,
     "js": _js,
-    "js_reverse": _js_reverse,
+    "js_reverse": ops.js_reverse,
 }
 
 
@@ -112,19 +105,24 @@ class OutputDistance:
     def reference_bytes(self) -> int:
         return sum(r.numel() * r.element_size() for r in self._reference or ())
 
-    def __call__(self, hidden: Tensor) -> float:  # [N * S, C]
-        """Distance of the model with these final hidden states; `inf` where they are not finite."""
+    def __call__(self, hidden: Tensor) -> float:  # [n * S, C], n <= N
+        """Distance of the model with these final hidden states of the first n windows; `inf` where not finite."""
         values = []
         for i, rows in enumerate(hidden.split(self._rows)):
-            logits = self._head(rows).float()
+            logits = self._head(rows)
             if self._reference is None:
                 targets = self._targets[i * self._rows : i * self._rows + rows.shape[0]]
-                values.append(cross_entropy(logits, targets, reduction="none"))
+                values.append(cross_entropy(logits.float(), targets, reduction="none"))
             else:
-                assert self.name != "perplexity"
-                values.append(_COMPARISONS[self.name](self._reference[i].float(), logits))
-        result = self._reduce(torch.cat(values).double().view(self._shape))
+                values.append(self._compare(self._reference[i][: rows.shape[0]], logits))
+        result = self._reduce(torch.cat(values).double().view(-1, self._shape[1]))
         return math.inf if math.isnan(result) else result
+
+    def _compare(self, dense: Tensor, pruned: Tensor) -> Tensor:  # [R, V] twice -> [R]
+        assert self.name != "perplexity"
+        if self.name == "js_reverse":  # widens what it reads
+            return ops.js_reverse(dense, pruned)
+        return _COMPARISONS[self.name](dense.float(), pruned.float())
 
     def _reduce(self, values: Tensor) -> float:  # [N, S] float64
         if self.name == "norm":

@@ -13,8 +13,8 @@ lowest estimates and the neighbours of the sub-layer that went last, whose incre
 further ones in the order of estimates until the best beats the next estimate, reduced by a margin.
 Increments are taken where independent removals add up: of the square of `angular` and `norm` (errors add in
 quadrature), the logarithm of `perplexity`, and the divergences as they are.
-SmolLM2-135M, 10 of 60 sub-layers by js_reverse on 2 windows of 256 tokens, in sub-layer evaluations of the
-plain loop: exact 0.29, fast 0.15, the same ranking. With 192 tokens the two rankings part ways.
+A candidate seen for the first time is estimated on a fifth of the windows. benchmarks/bench_finercut.py compares both
+with the plain loop.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ _FAST_BATCH = 4  # candidates re-scored together; they share their suffix
 _OPTIMISM = 0.7  # of an old increment: what it may have shrunk to since
 _NEIGHBOURS = 3  # remaining sub-layers before and after the last removed one that are always re-scored
 _FAST_SHARE = 0.25  # of the candidates, at most, are re-scored in one step of the fast mode
+_ROUGH_SHARE = 0.2  # of the windows give the first estimate of a candidate
+_ROUGH_LEAST = 8  # candidates without an estimate for which that pays
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Ranking:
     steps: tuple[Step, ...]
 
     @property
-    def evaluations(self) -> int:
+    def evaluations(self) -> float:
         return sum(s.evaluations for s in self.steps)
 
     @property
@@ -159,6 +161,12 @@ def _fast_scores(scorer: CandidateScorer, state: SearchState, allowed: list[int]
     """Distances of the most promising of `allowed`; `base` is the distance of the current model."""
     name = state.key.distance
     increments = state.increments
+    level = _additive(name, base)
+    new = [i for i in allowed if i not in increments]
+    rough = math.ceil(_ROUGH_SHARE * scorer.windows)
+    # The perplexity of other windows is another number; errors of the output are averages over windows.
+    if len(new) >= _ROUGH_LEAST and rough < scorer.windows and name != "perplexity":
+        increments.update({i: _additive(name, d) - level for i, d in scorer.score(new, rough).items()})
     queue = sorted((i for i in allowed if i in increments), key=lambda i: (increments[i], i))
     first = {i for i in allowed if i not in increments} | set(queue[:_FAST_BATCH])
     if state.steps:
@@ -166,7 +174,6 @@ def _fast_scores(scorer: CandidateScorer, state: SearchState, allowed: list[int]
         first |= set(scorer.remaining[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS]) & set(allowed)
     scores = scorer.score(sorted(first))
     queue = [i for i in queue if i not in first]
-    level = _additive(name, base)
     cap = math.ceil(_FAST_SHARE * len(allowed))
     while queue and cap > 0:
         if _additive(name, min(scores.values())) <= level + _OPTIMISM * increments[queue[0]]:

@@ -43,7 +43,7 @@ class Step:
     kind: str
     block: int
     distance: float
-    evaluations: int
+    evaluations: float
     plain_evaluations: int
 
 

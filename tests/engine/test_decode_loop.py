@@ -83,6 +83,7 @@ def test_any_mix_of_requests_over_any_memory(data):
         params = SamplingParams(
             max_tokens=data.draw(st.integers(1, 24)),
             temperature=data.draw(st.sampled_from([0.0, 0.0, 0.8])),
+            top_k=data.draw(st.sampled_from([0, 0, 5])),
             seed=i,
             ignore_eos=True,
             stop_token_ids=tuple(data.draw(st.lists(st.integers(2, 63), max_size=12, unique=True))),
@@ -98,6 +99,17 @@ def test_any_mix_of_requests_over_any_memory(data):
         stops = [n for n, token in enumerate(alone) if token in params.stop_token_ids]
         expected = alone[: stops[0] + 1] if stops else alone
         assert tuple(wanted.get(i + "!", []) + rest.get(i, [])) == expected
+
+
+def test_drawn_tokens_are_those_of_single_steps(looped):
+    engine = random_decoder.engine(SPECS["plain"], kv_blocks=64)
+    params = [SamplingParams(max_tokens=20, ignore_eos=True, temperature=t, seed=4) for t in (0.0, 0.7, 1.5)]
+    for i, param in enumerate(params):
+        engine.add_request(list(PROMPTS[i]), param, request_id=str(i))
+    found = finish(engine)
+    for i, param in enumerate(params):
+        assert tuple(found[str(i)]) == random_decoder.solo(SPECS["plain"], PROMPTS[i], param)
+    assert any(draws for _, _, draws in engine._runner._loop._buckets)
 
 
 def test_one_request_may_fail_alone(looped):
@@ -131,7 +143,7 @@ def loop_and_cache(spec):
 def test_rows_that_hold_no_request_write_nothing():
     loop, cache = loop_and_cache(SPECS["mixed"])
     tables = np.arange(9).reshape(3, 3)
-    rows = Rows(np.array([3, 4, 5]), np.array([0, 0, 0]), tables, [[], [], []])
+    rows = Rows(np.array([3, 4, 5]), np.array([0, 0, 0]), tables, [[], [], []], [0.0] * 3)
     loop.tokens(rows, 5)  # a bucket of 4 rows
     for pair in cache.pairs:
         for part in pair or ():
@@ -142,10 +154,10 @@ def test_rows_that_hold_no_request_write_nothing():
 
 def test_a_stop_token_ends_the_writes_of_its_row():
     loop, cache = loop_and_cache(SPECS["plain"])
-    free = loop.tokens(Rows(np.array([3]), np.array([0]), np.array([[0, 1, 2]]), [[]]), 6)[:, 0]
+    free = loop.tokens(Rows(np.array([3]), np.array([0]), np.array([[0, 1, 2]]), [[]], [0.0]), 6)[:, 0]
     at = next(n for n in range(1, 6) if free[n] not in free[:n])
     loop, cache = loop_and_cache(SPECS["plain"])
-    rows = Rows(np.array([3]), np.array([0]), np.array([[0, 1, 2]]), [[int(free[at])]])
+    rows = Rows(np.array([3]), np.array([0]), np.array([[0, 1, 2]]), [[int(free[at])]], [0.0])
     assert loop.tokens(rows, 6)[: at + 1, 0].tolist() == free[: at + 1].tolist()
     keys = cache.pairs[0][0].flatten(0, 1)
     assert int((~keys.isnan().flatten(1).any(1)).sum()) == at + 1
@@ -169,7 +181,7 @@ def test_five_launches_a_block_and_four_a_step(name, most):
     """Every op of the step is one launch on a GPU; the graph captured there is counted by tests/gpu."""
     spec = SPECS[name]
     loop, _ = loop_and_cache(spec)
-    bucket = loop._load(Rows(np.array([3]), np.array([0]), np.array([[0, 1]]), [[]]))
+    bucket = loop._load(Rows(np.array([3]), np.array([0]), np.array([[0, 1]]), [[]], [0.0]))
     with torch.inference_mode(), Launches() as launches:
         bucket.replay()
     attentions = sum(isinstance(s, AttentionSpec) for s in spec.sublayers)
@@ -183,7 +195,7 @@ def test_logits_of_the_fused_step():
         loop, _ = loop_and_cache(spec)
         ids = [7, 21, 3, 50]
         for position, token in enumerate(ids):
-            rows = Rows(np.array([token]), np.array([position]), np.array([[2, 0]]), [[]])
+            rows = Rows(np.array([token]), np.array([position]), np.array([[2, 0]]), [[]], [0.0])
             logits = loop.logits(rows).clone()
         with torch.inference_mode():
             hidden = decoder.hidden_states(torch.tensor(ids), packed([4], CPU))

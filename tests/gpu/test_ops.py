@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import CASES, Case, verify
+from op_case import Case
+from op_cases import CASES, verify
 
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
+from depthprune_runtime.ops._triton import LAUNCHERS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("all_threads"),  # truth is float64 on the CPU, for large shapes seconds on every core
+]
 
 NATIVE = [op for op in REFERENCES if implementations(op)["CUDA"] == "native"]
-ALWAYS = ("rms_norm", "add_rms_norm", "gated_linear")  # what Triton alone brings
+ALWAYS = tuple(LAUNCHERS)  # what Triton alone brings
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -10,7 +10,7 @@ import torch
 from accuracy import assert_as_accurate
 from torch import Tensor
 
-from depthprune_runtime.kernels import linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
+from depthprune_runtime.kernels import draw_tokens, linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.ops import _weight
 from depthprune_runtime.ops._library import REFERENCES
@@ -220,16 +220,30 @@ def state(batch: int, runs: int, seed: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("runs", [1, 5, 40])
 def test_next_tokens(runs: int) -> None:
     results = []
+    drawn = None if runs == 1 else torch.tensor([-1, 9, 9, 6, -1, 2, 2])
     for function in (next_tokens.next_tokens, REFERENCES["next_tokens"]):
         s = state(7, runs, seed=runs)
         stop = s["candidates"][0, s["best"][0].argmax()]
         s["stop_ids"][0, 1] = stop
-        inputs_ = [s[k] for k in ("best", "candidates", "stop_ids", "block_tables")]
+        inputs_ = [s["best"], s["candidates"], drawn, s["stop_ids"], s["block_tables"]]
         function(*inputs_, 4, *(s[k] for k in ("ids", "positions", "slots", "context_lens", "counts", "tokens")))
         results.append(s)
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
     assert results[0]["slots"][0] == -1, "a stop token ends the row"
+
+
+@pytest.mark.parametrize("size", [1, 40, 3000])
+def test_draw_tokens(size: int) -> None:
+    logits = 3 * draw(size, 6, size)
+    temperatures = torch.tensor([1.0, 0.0, 0.3, 2.0, 1.0, 1.0])
+    uniform = torch.rand(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    uniform[:, 4], uniform[:, 5] = 0.0, 1 - 2**-48
+    counts = torch.tensor([0, 1, 2, 3, 4, 9])
+    out = draw_tokens.draw_tokens(logits, temperatures, uniform, counts)
+    assert torch.equal(out, REFERENCES["draw_tokens"](logits, temperatures, uniform, counts))
+    assert out[1] == -1
+    assert out[4] == 0
 
 
 def test_errors_name_the_argument() -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: ahead-of-time com
 
 from ahead_of_time import check, record
 
-from depthprune_runtime.kernels import linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
+from depthprune_runtime.kernels import draw_tokens, linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
 from depthprune_runtime.quantized import QuantSpec
 
 # hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size
@@ -65,10 +65,12 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
+# 2 to 16 tokens are one configuration
 CASES = [
-    *((op, model, "bf16", tokens, cc) for op in OPS for model in MODELS for tokens, cc in ((1, 90), (64, 90))),
-    *((op, "llama-2-7b", "bf16", tokens, cc) for op in OPS for tokens, cc in ((4, 80), (8, 80), (4, 90), (64, 80))),
-    *((op, "llama-2-7b", kind, tokens, 90) for op in OPS for kind in ("int8", "int4") for tokens in (1, 4, 8)),
+    *((op, model, "bf16", 1, 90) for op in OPS for model in MODELS),
+    *((op, model, "bf16", 64, 90) for op in OPS for model in ("llama-2-7b", "llama-3-8b")),
+    *((op, "llama-2-7b", "bf16", tokens, 80) for op in OPS for tokens in (8, 64)),
+    *((op, "llama-2-7b", kind, tokens, 90) for op in OPS for kind in ("int8", "int4") for tokens in (1, 8)),
     *((op, "llama-2-7b", "int4 asymmetric", 1, 80) for op in OPS),
 ]
 
@@ -84,9 +86,13 @@ def test_next_tokens(capability: int, tmp_path: Path) -> None:
     longs = [meta(8, dtype=torch.int64) for _ in range(5)]
     best, candidates = meta(8, 2000, dtype=torch.float32), meta(8, 2000, dtype=torch.int32)
     stop_ids, tables, tokens = meta(8, 3, dtype=torch.int64), meta(8, 256, dtype=torch.int64), meta(16, 8).long()
-    (launch,) = record(
-        lambda: next_tokens.next_tokens(best, candidates, stop_ids, tables, 16, *longs, tokens), capability
-    )
+    for drawn in (None, longs[0]):
+        arguments = (best, candidates, drawn, stop_ids, tables, 16, *longs, tokens)
+        (launch,) = record(lambda arguments=arguments: next_tokens.next_tokens(*arguments), capability)
+        check(launch, capability, tmp_path)
+    logits, uniform = meta(8, 128256), meta(16, 8, dtype=torch.float64)
+    temperatures = meta(8, dtype=torch.float32)
+    (launch,) = record(lambda: draw_tokens.draw_tokens(logits, temperatures, uniform, longs[0]), capability)
     check(launch, capability, tmp_path)
 
 

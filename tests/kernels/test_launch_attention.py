@@ -59,7 +59,7 @@ def test_decode_fills_the_device_within_the_workspace(
         assert pairs * config.splits < 2 * sms + pairs
     if config.splits > 1:
         assert pairs < MAX_TICKETS
-        assert pairs * config.splits <= max(16, 4) * sms, "the partial results outgrow the device"
+        assert pairs * config.splits <= 16 * sms, "the partial results outgrow the device"
 
 
 def test_known_configurations() -> None:
