@@ -164,7 +164,8 @@ def zero_shot_kept(variant: str, blocks: int, repair: str) -> Found | None:
     error = value * math.hypot(each[0][1] / mean, base[1] / base[0])
     above = 100 * (mean - CHANCE) / (base[0] - CHANCE)
     rows = tuple(r[WHERE] for r in (*scored, dense[-1]))
-    note = f"{above:.0f}% of what the dense model has above chance; {len(each)} seed{'s' if len(each) > 1 else ''}"
+    note = f"{above:.0f}% of what the dense model has above chance; plain accuracy, OpenBookQA for ARC-challenge; "
+    note += f"{len(each)} seed{'s' if len(each) > 1 else ''}"
     return Found(value, value - error, value + error, rows, scored[-1]["commit"], note)
 
 

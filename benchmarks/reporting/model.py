@@ -123,5 +123,5 @@ class Claim:
 
     @property
     def claimed(self) -> str:
-        number = f"{self.value:.2f}x" if self.unit == "x" else f"{self.value:g} {self.unit}".replace(" %", "%")
+        number = f"{self.value:.2f}x" if self.unit == "x" else f"{self.value:g} {self.unit}".replace(" %", "%").strip()
         return f"{number} ({self.note})" if self.note else number

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
 from reporting.model import NEEDS_PAPER, WEIGHTS, Check, Claim, Quality, Quantized
@@ -20,6 +19,12 @@ _GB = {"Llama-2-7B": 14, "Llama-2-13B": 26, "Qwen1.5-7B": 16, "Llama-3-8B": 16, 
 _TASKS = "piqa,winogrande,hellaswag,arc_easy,openbookqa"
 _PAPER_TASKS = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
 # Name in the rows, as printed in the paper and with our repair.
+_PRINTED = {"shortgpt": "ShortGPT", "finercut": "FinerCut", "flattengpt": "FlattenGPT"}
+_WHERE = {
+    "shortgpt": "in BlockPruner's protocol, not ShortGPT's own tables",
+    "finercut": "measured by others, not the paper's own table",
+    "flattengpt": f"main table; its number {NEEDS_PAPER}",
+}
 _ARXIV = {"shortgpt": "2403.03853", "finercut": "2405.18218", "flattengpt": "2602.08858"}
 _VARIANT = {"shortgpt": "shortgpt", "finercut": "finercut, fast", "flattengpt": "flattengpt"}
 
@@ -47,43 +52,30 @@ def checks(method: str, blocks: int, metric: str) -> tuple[Check, ...]:
 
 
 def _row(
-    method: str,
-    model: str,
-    ratio: str,
-    metric: str,
-    value: float,
-    steps: str,
-    blocks: int,
-    *,
-    dense: float | None = None,
-    where: str,
-    arxiv: str,
-    headline: bool = False,
+    method: str, model: str, ratio: str, metric: str, value: float, steps: str, blocks: int, dense: float | None
 ) -> Claim:
     """One perplexity or zero-shot average. blocks: of SmolLM2's 30, the nearest share that has rows."""
+    ppl, own = metric == "perplexity", method == "flattengpt"
     note = ""
     if dense is not None:
-        source = "" if method == "flattengpt" else ", as FlattenGPT's table has it"
-        note = f"dense {dense:g}{source}: " + (
-            f"{value / dense:.2f}x" if metric == "perplexity" else f"{100 * value / dense:.1f}% kept"
-        )
-    printed = {"shortgpt": "ShortGPT", "finercut": "FinerCut", "flattengpt": "FlattenGPT"}[method]
+        kept = f"{value / dense:.2f}x" if ppl else f"{100 * value / dense:.1f}% kept"
+        note = f"dense {dense:g}{'' if own else ', as FlattenGPT has it'}: {kept}"
     return Claim(
         name=f"{method}-{model.lower()}-{ratio.partition('%')[0]}-{metric}",
-        method=printed,
+        method=_PRINTED[method],
         model=model,
         ratio=ratio,
-        what="WikiText-2 perplexity at 2048" if metric == "perplexity" else "mean of five zero-shot tasks",
+        what="WikiText-2 perplexity at 2048" if ppl else "mean of five zero-shot tasks",
         value=value,
-        unit="perplexity" if metric == "perplexity" else "% accuracy",
+        unit="" if ppl else "% accuracy",
         note=note,
-        arxiv=arxiv,
-        where=where,
+        arxiv=_ARXIV[method],
+        where=_WHERE[method],
         checks=checks(method, blocks, metric),
         here=here(_VARIANT[method], blocks),
         true_size=true_size(model, method, steps, metric),
         needs=needs(model),
-        headline=headline,
+        headline=model == "Llama-2-7B" and method != "finercut",
     )
 
 
@@ -105,92 +97,42 @@ _FINERCUT = (
 
 
 def _rows() -> list[Claim]:
-    table = f"main table; its number {NEEDS_PAPER}"
     dense_of = {row[0]: row[3] for row in _FLATTENGPT}
     found = []
-    for model, ratio, blocks, dense_ppl, ppl, dense_acc, acc in _FLATTENGPT:
-        first = model == "Llama-2-7B"
-        for metric, value, dense in (("perplexity", ppl, dense_ppl), ("zero-shot", acc, dense_acc)):
-            found.append(
-                _row(
-                    "flattengpt",
-                    model,
-                    ratio,
-                    metric,
-                    value,
-                    f"--blocks {blocks}",
-                    9,
-                    dense=dense,
-                    where=table,
-                    arxiv="2602.08858",
-                    headline=first,
-                )
-            )
-    for model, ratio, blocks, ppl, acc in _SHORTGPT:
-        first = model == "Llama-2-7B"
-        for metric, value, dense in (("perplexity", ppl, dense_of[model]), ("zero-shot", acc, None)):
-            found.append(
-                _row(
-                    "shortgpt",
-                    model,
-                    ratio,
-                    metric,
-                    value,
-                    f"--blocks {blocks}",
-                    9,
-                    dense=dense,
-                    where="in BlockPruner's protocol, not ShortGPT's own tables",
-                    arxiv="2403.03853",
-                    headline=first,
-                )
-            )
+    for model, ratio, fewer, dense_ppl, ppl, dense_acc, acc in _FLATTENGPT:
+        steps = f"--blocks {fewer}"
+        found.append(_row("flattengpt", model, ratio, "perplexity", ppl, steps, 9, dense_ppl))
+        found.append(_row("flattengpt", model, ratio, "zero-shot", acc, steps, 9, dense_acc))
+    for model, ratio, fewer, ppl, acc in _SHORTGPT:
+        steps = f"--blocks {fewer}"
+        found.append(_row("shortgpt", model, ratio, "perplexity", ppl, steps, 9, dense_of[model]))
+        found.append(_row("shortgpt", model, ratio, "zero-shot", acc, steps, 9, None))
     for model, points in _FINERCUT:
         for percent, ppl, blocks in points:
-            found.append(
-                _row(
-                    "finercut",
-                    model,
-                    f"{percent}%",
-                    "perplexity",
-                    ppl,
-                    f"--sparsity {percent / 100:.3f}",
-                    blocks,
-                    dense=dense_of[model],
-                    where="measured by others, not the paper's own table",
-                    arxiv="2405.18218",
-                )
-            )
+            steps = f"--sparsity {percent / 100:.3f}"
+            found.append(_row("finercut", model, f"{percent}%", "perplexity", ppl, steps, blocks, dense_of[model]))
     return found
 
 
-def _kept(
-    name: str,
-    method: str,
-    model: str,
-    ratio: str,
-    value: float,
-    steps: str,
-    own: Sequence[Check],
-    blocks: int = 0,
-    headline: bool = True,
-) -> Claim:
-    key = method.lower()
+def _kept(name: str, model: str, ratio: str, value: float, sublayers: int, blocks: int | None) -> Claim:
+    """Of FinerCut. blocks: of SmolLM2's 30 in parameters; None: no row of ours can stand beside it."""
+    lacks = ", and a FinerCut restricted to attentions, which is no option"
     return Claim(
         name=name,
-        method=method,
+        method="FinerCut",
         model=model,
         ratio=ratio,
         what="share of the dense model's performance kept",
         value=value,
         unit="%",
         note=f"over which tasks {NEEDS_PAPER}",
-        arxiv=_ARXIV[key],
+        arxiv=_ARXIV["finercut"],
         where=f"section {NEEDS_PAPER}",
-        checks=tuple(own),
-        here=here(_VARIANT[key], blocks) if own else "",
-        true_size=true_size(model, key, steps, "zero-shot"),
-        needs=needs(model),
-        headline=headline,
+        checks=checks("finercut", blocks, "zero-shot") if blocks else (),
+        here=here(_VARIANT["finercut"], blocks) if blocks else "",
+        true_size=true_size(model, "finercut", f"--sublayers {sublayers}", "zero-shot") if blocks else "",
+        needs=needs(model) + ("" if blocks else lacks),
+        headline=True,
     )
 
 
@@ -255,29 +197,9 @@ def _other_claims() -> list[Claim]:
 
 def quality_claims() -> tuple[Claim, ...]:
     return (
-        _kept(
-            "finercut-8b-kept",
-            "FinerCut",
-            "Llama-3-8B",
-            "25% of sub-layers",
-            90,
-            "--sublayers 16",
-            checks("finercut", 6, "zero-shot"),
-            6,
-        ),
-        _kept(
-            "finercut-70b-kept",
-            "FinerCut",
-            "Llama-3-70B",
-            "30% of sub-layers",
-            95,
-            "--sublayers 48",
-            checks("finercut", 6, "zero-shot"),
-            6,
-        ),
-        _kept(
-            "finercut-70b-attention-kept", "FinerCut", "Llama-3-70B", "34 of 80 attentions", 99, "--sublayers 34", ()
-        ),
+        _kept("finercut-8b-kept", "Llama-3-8B", "25% of sub-layers", 90, 16, 6),
+        _kept("finercut-70b-kept", "Llama-3-70B", "30% of sub-layers", 95, 48, 6),
+        _kept("finercut-70b-attention-kept", "Llama-3-70B", "34 of 80 attentions", 99, 34, None),
         *_rows(),
         *_other_claims(),
     )
