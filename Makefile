@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint sanitize weights bench peers bench-cpu gpu gpu-with clean
+.PHONY: demo test lint sanitize weights bench peers bench-cpu report gpu gpu-with clean
 demo: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
@@ -30,6 +30,11 @@ peers:
 
 bench-cpu: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_cpu.py $(WEIGHTS)
+
+# Tables of the README, benchmarks/results/report.md and build/report.html from the recorded rows; measures nothing.
+report: $(VENV)/installed
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/report.py
 
 # On a machine with an NVIDIA GPU: builds, tests/gpu, compute-sanitizer over its small shapes where it is installed, then
 # the benchmark, whose rows go to benchmarks/results/gpu.csv. Nothing here makes an environment: torch with CUDA must be

@@ -99,6 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="SmolLM2, one round, few tokens; nothing is recorded")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-record", action="store_true", help="do not append to benchmarks/results")
+    parser.add_argument("--results", default="cpu", metavar="NAME", help="append to NAME.csv (default: %(default)s)")
     args = parser.parse_args()
     if args.quick:
         args.models, args.rounds, args.tokens, args.no_record = ["smollm2-135m"], 1, args.tokens or 4, True
@@ -121,7 +122,7 @@ def main() -> None:
             if args.discard:
                 files.discard()
             if found and not args.no_record:  # at once: a run that is stopped keeps what it has
-                append_rows("cpu", found, RESULTS)
+                append_rows(args.results, found, RESULTS)
             if not args.json:
                 print("\n".join(line(row) for row in found), flush=True)
     if args.json:

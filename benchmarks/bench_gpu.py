@@ -10,8 +10,8 @@ machine: bandwidth of a copy (bytes read and written) and of a read, rate of a l
 Kernels: device time of one call by CUDA events, L2 emptied before each; `of_limit` is the fewest bytes over the better
 bandwidth, or the operations over the product's rate, divided by that time; `ratio` is the peer's time over ours, round
 by round. `settings` says whether a kernel of ours ran (native) or plain torch (reference).
-decode1, decode8, decode64: tokens a second of 1, 8 and 64 prompts of 128 tokens together, greedy, after the first
-eight; `bytes` are those of a decode step: each weight once, and the keys and values of the mean context.
+decode1, decode8, decode64: tokens a second of 1, 8 and 64 prompts of `--prompt` tokens together, greedy, after the
+first eight; `bytes` are those of a decode step: each weight once, and the keys and values of the mean context.
 prefill2048: prompt tokens a second until the host has the first new token.
 `ratio` is to ours, dense, in the same rounds. Pruned variants have the shapes that the methods leave.
 
@@ -31,16 +31,18 @@ import torch
 from common import RESULTS, append_rows, environment, paired_ratio, print_json, spread
 from on_gpu import decode_kernels, kernels
 from on_gpu.generation import DENSE, PEERS, Case, Generation, release
-from on_gpu.models import SPECS, decode_bytes, make_pool, prefill_flops
+from on_gpu.models import SPECS, make_pool
 from on_gpu.timing import Budget, Clock
 from peers.weights import VARIANTS
+from shapes import decode_bytes, prefill_flops
 
 from depthprune_runtime.ops import implementations
 
 GENERATION = {"decode1": 1, "decode8": 8, "decode64": 64, "prefill2048": 1}  # prompts together
 KERNELS = (*kernels.OPS, *decode_kernels.OPS)
 CASES = (*KERNELS, *GENERATION)
-MODELS = tuple(name for name in SPECS if name != "tiny")
+MODELS = ("llama-2-7b", "llama-2-13b", "llama-3-8b")
+MORE_MODELS = ("llama-2-70b/4",)  # only by name
 Row = dict[str, Any]
 Limits = dict[str, float]  # bytes a second, operations a second
 
@@ -54,11 +56,11 @@ def _row(model: str, runtime: str, case: str, unit: str, samples: Sequence[float
     return row | more
 
 
-def generation_case(name: str, tokens: int, tiny: bool) -> Case:
+def generation_case(name: str, tokens: int, tiny: bool, prompt: int = 128) -> Case:
     batch = GENERATION[name]
     if name.startswith("prefill"):
         return Case(name, batch, 64 if tiny else 2048, 1)
-    return Case(name, batch, 8 if tiny else 128, tokens, skip=min(8, tokens // 2))
+    return Case(name, batch, 8 if tiny else prompt, tokens, skip=min(8, tokens // 2))
 
 
 class Bench:
@@ -135,7 +137,7 @@ class Bench:
         for name in names:
             if self._stopped(f"{model} {name}"):
                 continue
-            case = generation_case(name, self.args.tokens, self.tiny)
+            case = generation_case(name, self.args.tokens, self.tiny, self.args.prompt)
             try:
                 if runs is None:
                     pool = make_pool(model, variants, self.device, torch.bfloat16)
@@ -178,11 +180,12 @@ def line(row: Row) -> str:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=(*MODELS, *MORE_MODELS), default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="dense always runs")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=20, help="of kernels; whole models run a quarter of them")
     parser.add_argument("--tokens", type=int, default=64, help="new ones of a decode run")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt of a decode run")
     parser.add_argument("--minutes", type=float, help="begin nothing new after them; what is measured is kept")
     parser.add_argument("--no-peers", action="store_true", help="without Transformers")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -193,8 +196,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cpu" and not args.quick:
         parser.error("--device cpu: a dry run that measures nothing; add --quick")
-    if args.rounds < 1 or args.tokens < 4:
-        parser.error("expected --rounds of at least 1 and --tokens of at least 4")
+    if args.rounds < 1 or args.tokens < 4 or args.prompt < 1:
+        parser.error("expected --rounds and --prompt of at least 1 and --tokens of at least 4")
     if args.minutes is not None and args.minutes < 0:
         parser.error("--minutes: expected a number of at least 0")
     if args.output is not None and args.output.suffix != ".csv":

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_gpu  # noqa: E402
+import shapes  # noqa: E402
 from on_gpu import decode_kernels, kernels, models  # noqa: E402
 from on_gpu.generation import DENSE, Case, groups  # noqa: E402
 from on_gpu.timing import Budget, Clock, TokenClock  # noqa: E402
@@ -58,14 +59,14 @@ def test_variants_are_what_their_names_say(model: str) -> None:
 def test_floors_of_llama_2_7b() -> None:
     """13.21 GB of weights a token, 512 KB of keys and values a token of context; merging alone saves no bytes."""
     dense = models.variant_spec("llama-2-7b", "dense")
-    assert models.decode_bytes(dense, 1, 0) == pytest.approx(13.21e9, rel=1e-3)
-    assert models.decode_bytes(dense, 8, 100) - models.decode_bytes(dense, 8, 0) == 8 * 100 * 512 * 1024
+    assert shapes.decode_bytes(dense, 1, 0) == pytest.approx(13.21e9, rel=1e-3)
+    assert shapes.decode_bytes(dense, 8, 100) - shapes.decode_bytes(dense, 8, 0) == 8 * 100 * 512 * 1024
     wide = models.variant_spec("llama-2-7b", "flattengpt wide")
-    assert models.decode_bytes(wide, 8, 100) == pytest.approx(models.decode_bytes(dense, 8, 100), rel=1e-4)
+    assert shapes.decode_bytes(wide, 8, 100) == pytest.approx(shapes.decode_bytes(dense, 8, 100), rel=1e-4)
     narrow = models.variant_spec("llama-2-7b", "flattengpt 20%")
-    assert models.decode_bytes(dense, 1, 0) / models.decode_bytes(narrow, 1, 0) == pytest.approx(1.27, abs=0.01)
+    assert shapes.decode_bytes(dense, 1, 0) / shapes.decode_bytes(narrow, 1, 0) == pytest.approx(1.27, abs=0.01)
     inner = dense.num_parameters(embeddings=False)
-    assert models.prefill_flops(dense, 2048) == pytest.approx(2 * 2048 * inner + 32 * 2 * 4096 * 2048**2, rel=1e-3)
+    assert shapes.prefill_flops(dense, 2048) == pytest.approx(2 * 2048 * inner + 32 * 2 * 4096 * 2048**2, rel=1e-3)
 
 
 def test_every_variant_fits_the_pool_and_shares_it() -> None:

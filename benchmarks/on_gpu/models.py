@@ -12,23 +12,17 @@ from typing import Any
 
 import torch
 from peers.weights import Model, huggingface_config, unpacked
+from shapes import SPECS as PUBLIC
+from shapes import llama, shortened
 from torch import Tensor
 
 from depthprune_runtime.families import HF_NAMES
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.surgery import pruned_spec
-from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
+from depthprune_runtime.spec import DecoderSpec
 
 _ALIGNMENT = 128  # elements: where an allocation of its own would begin
-
-
-def _llama(
-    blocks: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocabulary: int, theta: float, positions: int
-) -> DecoderSpec:
-    attention = [AttentionSpec(heads, kv_heads, hidden // heads, (b,)) for b in range(blocks)]
-    sublayers = [s for b in range(blocks) for s in (attention[b], FFNSpec(ffn, (b,)))]
-    return DecoderSpec(hidden, vocabulary, positions, 1e-5, RopeSpec(theta=theta), False, tuple(sublayers))
 
 
 def _plans(name: str, blocks: int, pairs: int) -> Model:
@@ -49,16 +43,17 @@ def _plans(name: str, blocks: int, pairs: int) -> Model:
     )
 
 
-SPECS = {
-    "llama-2-7b": _llama(32, 4096, 32, 32, 11008, 32000, 10000.0, 4096),
-    "llama-2-13b": _llama(40, 5120, 40, 40, 13824, 32000, 10000.0, 4096),
-    "llama-3-8b": _llama(32, 4096, 32, 8, 14336, 128256, 500000.0, 8192),
-    "tiny": _llama(8, 64, 4, 2, 96, 128, 10000.0, 4096),  # for a dry run
+# A quarter of Llama-2-70B's depth: 35 GB, so that one device holds it beside its caches. What a fifth less of it gains
+# stands for the whole, except that the head weighs four times as much.
+SPECS = {name: PUBLIC[name] for name in ("llama-2-7b", "llama-2-13b", "llama-3-8b")} | {
+    "llama-2-70b/4": shortened(PUBLIC["llama-2-70b"], blocks=60),
+    "tiny": llama(8, 64, 4, 2, 96, 128, 10000.0, 4096),  # for a dry run
 }
 PLANS = {
     "llama-2-7b": _plans("llama-2-7b", 32, 7),
     "llama-2-13b": _plans("llama-2-13b", 40, 9),
     "llama-3-8b": _plans("llama-3-8b", 32, 8),
+    "llama-2-70b/4": _plans("llama-2-70b/4", 20, 4),
     "tiny": _plans("tiny", 8, 2),
 }
 
@@ -69,19 +64,6 @@ def variant_spec(model: str, variant: str) -> DecoderSpec:
     if variant == "dense":
         return spec
     return pruned_spec(spec, PrunePlan(variant.split(maxsplit=1)[0], "0" * 64, PLANS[model].plans(spec)[variant]))
-
-
-def decode_bytes(spec: DecoderSpec, batch: int, context: float, element_size: int = 2) -> float:
-    """Fewest bytes a decode step reads: every weight once, keys and values of `context` tokens of each request."""
-    return spec.bytes_per_token(element_size) + batch * context * spec.kv_bytes_per_token(element_size)
-
-
-def prefill_flops(spec: DecoderSpec, tokens: int) -> float:
-    """Of one prompt: every projection, the head for its last token only, and causal attention."""
-    shapes = spec.projections()
-    head = math.prod(shapes.pop(spec.head_name))
-    attention = sum(2 * s.q_size * tokens * (tokens + 1) for s in spec.attention_sublayers())
-    return 2.0 * tokens * sum(math.prod(s) for s in shapes.values()) + 2.0 * head + attention
 
 
 def _offsets(spec: DecoderSpec) -> tuple[dict[str, int], int]:

@@ -1,0 +1,70 @@
+"""One decode step of any spec over random weights, as the engine runs it: for profiles and micro-benchmarks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.engine.kv_cache import KVCache, kv_blocks_needed
+from depthprune_runtime.model.batch import PagedContext, packed
+from depthprune_runtime.model.decode_step import build_decode_step
+from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.model.linear import Weight
+from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.spec import DecoderSpec
+
+KV_BLOCK = 16
+
+
+def quantized(weight: Tensor, quant: QuantSpec) -> QuantizedWeight:
+    """Codes at random: only their size counts."""
+    rows, columns = weight.shape
+    groups = -(-columns // quant.group_size)
+    codes = torch.randint(0, quant.levels, (rows, columns), dtype=torch.uint8)
+    return QuantizedWeight.from_codes(quant, codes, torch.full((rows, groups), 2.0**-9))
+
+
+def random_weights(
+    spec: DecoderSpec, quant: QuantSpec | None = None, device: str | torch.device = "cpu"
+) -> Callable[[str], Weight]:
+    """By name, made once; bf16 or, but for norms, quantised."""
+    shapes = spec.tensor_shapes()
+
+    @functools.cache
+    def get(name: str) -> Weight:
+        if len(shapes[name]) == 1:
+            return torch.ones(shapes[name], dtype=torch.bfloat16, device=device)
+        weight = torch.randn(shapes[name], device=device).mul_(0.02).to(torch.bfloat16)
+        return weight if quant is None else quantized(weight, quant)
+
+    return get
+
+
+def decode_step(
+    spec: DecoderSpec, weight: Callable[[str], Weight], batch: int = 1, context: int = 128, device: str = "cpu"
+) -> Callable[[], Tensor]:
+    """Logits of one new token of `batch` requests, each the last of `context`: in one C++ call where that is built."""
+    place = torch.device(device)
+    decoder = Decoder(spec, weight, place, torch.bfloat16)
+    each = kv_blocks_needed(context, KV_BLOCK)
+    cache = KVCache(spec, each * batch, KV_BLOCK, place, torch.bfloat16)
+    for pair in cache.pairs:
+        for tensor in pair or ():
+            tensor.normal_()
+    tables = torch.arange(each * batch, device=place).view(batch, each)
+    slots = tables[:, (context - 1) // KV_BLOCK] * KV_BLOCK + (context - 1) % KV_BLOCK
+    paged = PagedContext(slots, tables, torch.full((batch,), context, device=place), False)
+    inputs = packed([1] * batch, place, [context - 1] * batch, paged)
+    ids = torch.zeros(batch, dtype=torch.int64, device=place)
+    native = build_decode_step(decoder, cache.pairs)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            if native is not None and batch <= native.max_tokens:
+                return native.logits(ids, inputs)
+            return decoder.logits(decoder.hidden_states(ids, inputs, cache.pairs))
+
+    return run

@@ -1,0 +1,204 @@
+"""The table of claims: complete, every number from a row or exact, every command one that its tool takes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import claims  # noqa: E402
+import shapes  # noqa: E402
+import tables  # noqa: E402
+from reporting import evidence  # noqa: E402
+from reporting.evidence import Found  # noqa: E402
+from reporting.model import Exact  # noqa: E402
+
+RESULTS = claims.results()
+NAMES = [r.claim.name for r in RESULTS]
+
+
+def test_names_are_unique_and_the_well_known_claims_are_there():
+    assert len(set(NAMES)) == len(NAMES) > 30
+    values = {r.claim.name: r.claim.value for r in RESULTS}
+    assert values["flattengpt-70b-throughput"] == 1.27
+    assert values["flattengpt-70b-latency"] == 1.26
+    assert values["shortgpt-gptq-throughput"] == 1.19
+    assert values["finercut-70b-size"] == 34
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=NAMES)
+def test_every_claim_is_measured_or_says_what_it_would_take(result):
+    claim = result.claim
+    assert claim.needs and claim.where and claim.arxiv
+    assert result.status in ("measured", "computed") or result.why
+    assert claim.here or not result.answers
+    for answer in result.answers:
+        assert answer.exact or answer.rows
+        assert answer.found[-1].value > 0
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=NAMES)
+def test_rows_are_there(result):
+    for answer in result.answers:
+        for name in answer.rows:
+            file, line = name.split(":")
+            with (tables.RESULTS / file).open(newline="") as stored:
+                reader = csv.DictReader(stored)
+                assert any(reader.line_num == int(line) and row["commit"] for row in reader)
+
+
+def test_speedups_are_the_medians_of_one_run():
+    for result in RESULTS:
+        for answer in result.answers:
+            if answer.exact or not answer.rows[0].startswith("cpu"):
+                continue
+            rows = {r[evidence.WHERE]: r for name in evidence.CPU for r in evidence.read(name)}
+            pruned, dense = (rows[name] for name in answer.rows)
+            assert dense["variant"] == "dense" != pruned["variant"]
+            for key in ("precision", "what", "model", "commit", "command", "runtime"):
+                assert pruned[key] == dense[key]
+            assert answer.found[-1].value == pytest.approx(float(pruned["median"]) / float(dense["median"]))
+
+
+def test_floors_of_70b():
+    """138 GB of weights but the input embedding; a fifth of the blocks gives 1.25x, 1.27x takes 17 of them."""
+    claim = next(r.claim for r in RESULTS if r.claim.name == "flattengpt-70b-throughput")
+    sixteen, seventeen = claim.floors()
+    dense = shapes.SPECS["llama-2-70b"]
+    assert dense.num_parameters() == 68_976_648_192  # as published
+    assert sixteen.before * 1e9 == dense.bytes_per_token(2) + 64 * 128 * dense.kv_bytes_per_token(2)
+    assert sixteen.speedup == pytest.approx(1.249, abs=1e-3)
+    assert seventeen.speedup == pytest.approx(1.269, abs=1e-3)
+
+
+def test_shapes_of_public_models():
+    published = {"llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "qwen1.5-7b": 7_721_324_544}
+    published |= {"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "smollm2-135m": 134_515_008}
+    for name, size in published.items():
+        assert shapes.SPECS[name].num_parameters() == size, name
+    less = shapes.shortened(shapes.SPECS["llama-3-70b"], attentions=34)
+    assert (len(less.attention_sublayers()), len(less.ffn_sublayers())) == (46, 80)
+    assert less.blocks() is None
+
+
+def test_exact_numbers_need_no_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    empty = claims.results()
+    assert all(a.exact for r in empty for a in r.answers)
+    assert {r.claim.name for r in empty if r.answers} == {
+        r.claim.name for r in RESULTS if any(isinstance(c, Exact) for c in r.claim.checks)
+    }
+    assert "nothing comparable" in claims.readme_table()
+
+
+def row(variant: str, commit: str, median: float, spread: float = 0.1) -> dict[str, str]:
+    stored = {"model": "smollm2-135m", "precision": "bf16", "runtime": "ours", "variant": variant, "what": "decode8"}
+    stored |= {"median": str(median), "q1": str(median - spread), "q3": str(median + spread), "unit": "tokens/s"}
+    return stored | {"bytes_per_token": "", "of_limit": "", "date": "", "commit": commit, "command": "c"}
+
+
+def store(folder: Path, rows: list[dict[str, object]], name: str = "cpu") -> None:
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_only_one_run_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rates = [("dense", "a", 10), ("flattengpt 20%", "a", 12), ("dense", "b", 100), ("flattengpt 20%", "b", 150)]
+    rates += [("dense", "b", 200), ("flattengpt 20%", "b", 300), ("dense", "c", 1000)]
+    store(tmp_path, [row(*rate) for rate in rates])
+    found = evidence.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16")
+    assert [round(f.value, 3) for f in found] == [1.2, 1.5, 1.5]
+    assert found[-1].rows == ("cpu.csv:7", "cpu.csv:6")
+    assert found[-1].agrees(found[-2])
+    assert not found[-1].agrees(found[0])
+    assert "measured again since: 1,000.0" in found[-1].stale
+    answer = claims.Answer("what", "x", tuple(found))
+    assert "the run before, the same code, agrees: 1.50x" in answer.text
+    assert claims.Answer("what", "x", tuple(found[:2])).short.endswith("(the run before disagrees)")
+
+
+def test_rows_of_a_gpu_answer_at_the_true_size(tmp_path, monkeypatch):
+    import bench_gpu
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    settings = "64 x 64 + 128 tokens, group 0"
+    place = {"machine": "a GPU", "date": "", "commit": "a", "command": "c"}
+    dense = bench_gpu._row("llama-2-70b/4", "ours dense", "decode64", "tokens/s", [10, 11, 12], settings=settings)
+    more = {"ratio": "1.231", "settings": settings}
+    less = bench_gpu._row("llama-2-70b/4", "ours flattengpt 20%", "decode64", "tokens/s", [12, 13, 14], **more)
+    store(tmp_path, [dense | place, less | place], "gpu")
+    result = next(r for r in claims.results() if r.claim.name == "flattengpt-70b-throughput")
+    assert result.status == "measured on a part of the depth"
+    (answer,) = result.answers
+    assert answer.found[-1].value == 1.231
+    assert answer.rows == ("gpu.csv:3", "gpu.csv:2")
+    assert "20 of the 80 blocks" in answer.text and "a GPU" in answer.text
+
+
+def test_several_seeds_are_told_with_their_deviation(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head = "variant,blocks_fewer,repair,calibration,seed,tasks,perplexity,accuracy,commit\n"
+    lines = ["dense,0,none,wikitext2,0,,10,,a", "flattengpt,9,ridge,wikitext2,0,,20,,a"]
+    lines += ["flattengpt,9,ridge,wikitext2,1,,22,,a", "flattengpt,9,ridge,builtin,2,,90,,a"]
+    (tmp_path / "quality.csv").write_text(head + "\n".join(lines) + "\n")
+    found = evidence.perplexity_ratio("flattengpt", 9, "ridge")
+    assert found.value == pytest.approx(2.1)
+    assert found.high - found.value == pytest.approx(0.02**0.5)
+    assert found.note == "2 seeds"
+
+
+def test_agreement_without_a_spread_is_equality():
+    exact = Found(1.0, None, None, (), "")
+    assert exact.agrees(exact)
+    assert not exact.agrees(Found(1.1, 0.9, 1.2, (), ""))
+
+
+@pytest.mark.parametrize("line", sorted({c for r in RESULTS for c in (r.claim.here, r.claim.true_size) if c}))
+def test_commands_are_ones_that_the_tools_take(line):
+    from depthprune_runtime.cli import build_parser
+
+    for part in line.split(" && "):
+        words = shlex.split(part)
+        if words[0] == "depthprune":
+            build_parser().parse_args(words[1:])
+            continue
+        assert words[0] == "python"
+        source = (ROOT / words[1]).read_text()
+        for option in [w for w in words if w.startswith("--")]:
+            assert f'"{option}"' in source, option
+
+
+def test_gpu_commands_parse():
+    import bench_gpu
+
+    for result in RESULTS:
+        words = shlex.split(result.claim.true_size)
+        if words[:2] == ["python", "benchmarks/bench_gpu.py"]:
+            assert bench_gpu.arguments(words[2:]).output is not None
+
+
+def test_the_command_line(capsys):
+    claims.main(["--json"])
+    assert [r["name"] for r in json.loads(capsys.readouterr().out)] == NAMES
+    claims.main(["--measure", "flattengpt-70b-latency", "--true-size", "--print"])
+    assert capsys.readouterr().out.startswith("python benchmarks/bench_gpu.py --models llama-2-70b/4")
+    claims.main([])
+    assert capsys.readouterr().out.count("  state ") == len(NAMES)
+    with pytest.raises(SystemExit, match="no claim 'x'"):
+        claims.main(["--measure", "x"])
+    with pytest.raises(SystemExit, match="no command does that; it takes"):
+        claims.main(["--measure", "shortgpt-rwkv"])
+
+
+def test_measure_runs_the_command():
+    assert claims.run("python -c 'raise SystemExit(3)'") == 3
