@@ -139,17 +139,21 @@ def seeds_table() -> str:
         [r for r in read("quality") if r["repair"] == "ridge" and r["variant"] in MAIN],
         "variant", "blocks_fewer", "calibration", "seed",
     )  # fmt: skip
-    groups: dict[tuple[str, int, str], list[float]] = {}
+    groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows.values():
-        groups.setdefault((row["variant"], int(row["blocks_fewer"]), row["calibration"]), []).append(
-            float(row["perplexity"])
-        )
+        groups.setdefault((row["variant"], int(row["blocks_fewer"]), row["calibration"]), []).append(row)
     lines = []
-    for (variant, blocks, text), values in sorted(groups.items(), key=lambda g: (g[0][1], g[0][0], g[0][2])):
-        if len(values) > 1 or text != "wikitext2":
+    for (variant, blocks, text), found in sorted(groups.items(), key=lambda g: (g[0][1], g[0][0], g[0][2])):
+        if len(found) > 1 or text != "wikitext2":
+            values = [float(r["perplexity"]) for r in found]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            lines.append([str(blocks), variant, text, str(len(values)), f"{statistics.mean(values):.2f}{spread}"])
-    return markdown(("blocks fewer", "method, repaired", "calibration text", "seeds", "perplexity"), lines)
+            scored = next((score for r in found if (score := zero_shot(r)) is not None), None)
+            accuracy = "" if scored is None else f"{scored[0]:.1f} ± {scored[1]:.1f}"
+            lines.append(
+                [str(blocks), variant, text, str(len(found)), f"{statistics.mean(values):.2f}{spread}", accuracy]
+            )
+    heads = ("blocks fewer", "method, repaired", "calibration text", "seeds", "perplexity", "zero-shot")
+    return markdown(heads, lines)
 
 
 def decode_table() -> str:
@@ -224,6 +228,7 @@ def quantization_table() -> str:
     return markdown(("", "weights", "perplexity"), lines)
 
 
+# the modules named here import this one
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
     "cpu": lambda: cpu_table("smollm2-135m"),
@@ -233,7 +238,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "seeds": seeds_table,
     "engine": engine_table,
     "quantization": quantization_table,
-    "claims": lambda: importlib.import_module("claims").readme_table(),  # which imports this module
+    "finercut": lambda: importlib.import_module("search_tables").finercut_table(),
+    "memory": lambda: importlib.import_module("search_tables").memory_table(),
+    "claims": lambda: importlib.import_module("claims").readme_table(),
 }
 
 
