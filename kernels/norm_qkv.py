@@ -21,10 +21,9 @@ from depthprune_runtime.ops._weight import check_norm, check_packed
 
 
 @triton.jit
-def _rotated(a, b, positions, table_ptr, pair, inside, rotates, HALF_DIM):
-    """Both halves of the pairs [HALF, BLOCK_T] at their positions; as they are where not `rotates`."""
+def _rotated(a, b, positions, table_ptr, pair, mask, HALF_DIM):
+    """Both halves of the pairs [HALF, BLOCK_T] at their positions; as they are outside `mask`."""
     places = table_ptr + positions[None, :] * (2 * HALF_DIM) + pair[:, None]
-    mask = inside & rotates
     cos = tl.load(places, mask=mask, other=1.0)
     sin = tl.load(places + HALF_DIM, mask=mask, other=0.0)
     return a * cos - b * sin, b * cos + a * sin
@@ -85,25 +84,26 @@ def norm_qkv_kernel(
     in_tokens = tokens < num_tokens
     pair = tl.program_id(1) * HALF + tl.arange(0, HALF)
     inside = (pair < HALF_DIM)[:, None] & in_tokens[None, :]
-    is_query = head < num_heads
-    is_key = (head >= num_heads) & (head < num_heads + num_kv_heads)
+    first_value = num_heads + num_kv_heads  # heads from here on are not rotated
+    heads = (head + tl.zeros([HALF], tl.int32))[:, None]  # a tile, as masks are
     positions = tl.load(positions_ptr + tokens, mask=in_tokens, other=0)
-    a, b = _rotated(a, b, positions, cos_sin_ptr, pair, inside, is_query | is_key, HALF_DIM)
+    a, b = _rotated(a, b, positions, cos_sin_ptr, pair, inside & (heads < first_value), HALF_DIM)
     a, b = a.to(dtype), b.to(dtype)
 
     query = q_ptr + (tokens * num_heads + head)[None, :] * HEAD_DIM + pair[:, None]
-    tl.store(query, a, mask=inside & is_query)
-    tl.store(query + HALF_DIM, b, mask=inside & is_query)
+    tl.store(query, a, mask=inside & (heads < num_heads))
+    tl.store(query + HALF_DIM, b, mask=inside & (heads < num_heads))
     slots = tl.load(slots_ptr + tokens, mask=in_tokens, other=-1)
     kept = inside & (slots >= 0)[None, :]
     kv_head = head - num_heads
     key = k_cache_ptr + (slots * num_kv_heads + kv_head)[None, :] * HEAD_DIM + pair[:, None]
-    tl.store(key, a, mask=kept & is_key)
-    tl.store(key + HALF_DIM, b, mask=kept & is_key)
-    is_value = head >= num_heads + num_kv_heads
+    is_key = kept & (heads >= num_heads) & (heads < first_value)
+    tl.store(key, a, mask=is_key)
+    tl.store(key + HALF_DIM, b, mask=is_key)
+    is_value = kept & (heads >= first_value)
     value = v_cache_ptr + (slots * num_kv_heads + kv_head - num_kv_heads)[None, :] * HEAD_DIM + pair[:, None]
-    tl.store(value, a, mask=kept & is_value)
-    tl.store(value + HALF_DIM, b, mask=kept & is_value)
+    tl.store(value, a, mask=is_value)
+    tl.store(value + HALF_DIM, b, mask=is_value)
 
 
 def _check(x: Tensor, layout: list[int], k_cache: Tensor, v_cache: Tensor) -> int:

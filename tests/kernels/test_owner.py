@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: there is one candidate only")
 
+from depthprune_runtime.ops._triton import LAUNCHERS
+
 # The C++ extension is replaced by a module that registers `names` for CUDA when it is imported.
 CODE = """
 import importlib.abc, importlib.machinery, logging, sys, torch
@@ -33,12 +35,29 @@ assert not torch.cuda.is_initialized()
 """
 
 
+def named(names: list[str]) -> str:
+    return ", ".join(names)
+
+
+EVERY = list(LAUNCHERS)
+NORMS = ["add_rms_norm", "rms_norm"]
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ([], ["CUDA: Triton serves add_rms_norm, rms_norm"]),
-        (["rms_norm"], ["CUDA: C++ serves rms_norm", "CUDA: Triton serves add_rms_norm"]),
-        (["rms_norm", "add_rms_norm"], ["CUDA: C++ serves add_rms_norm, rms_norm"]),
+        ([], [f"CUDA: Triton serves {named(EVERY)}"]),
+        (
+            ["rms_norm"],
+            ["CUDA: C++ serves rms_norm", f"CUDA: Triton serves {named([n for n in EVERY if n != 'rms_norm'])}"],
+        ),
+        (
+            NORMS,
+            [
+                f"CUDA: C++ serves {named(NORMS)}",
+                f"CUDA: Triton serves {named([n for n in EVERY if n not in NORMS])}",
+            ],
+        ),
     ],
 )
 def test_triton_leaves_to_cpp_what_is_its_own(names: list[str], said: list[str]) -> None:
