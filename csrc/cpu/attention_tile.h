@@ -178,6 +178,24 @@ struct Paired {
 
 #endif
 
+// The scores of a block, queries [rows, padded_dim] against transposed keys. Long heads are summed in parts: one chain of
+// 256 products in float32 errs several times as much as the matrix products of a library, whose sums are blocked.
+template <int W>
+DEPTHPRUNE_INLINE void score(const Problem& problem, int64_t rows, const float* q, const float* k, float* scores) {
+  constexpr int64_t kPart = 64;
+  const int64_t padded_dim = problem.padded_dim();
+  multiply<W>(
+      rows, q, padded_dim, Panel{k, kKeys}, std::min(kPart, problem.head_dim), kKeys, scores, kKeys, nullptr);
+  for (int64_t d = kPart; d < problem.head_dim; d += kPart) {
+    float part[kRows * kKeys];
+    multiply<W>(
+        rows, q + d, padded_dim, Panel{k + d * kKeys, kKeys}, std::min(kPart, problem.head_dim - d), kKeys, part,
+        kKeys, nullptr);
+#pragma omp simd
+    for (int64_t i = 0; i < rows * kKeys; ++i) scores[i] += part[i];
+  }
+}
+
 // All rows of a task against the keys first_key .. first_key + keys, whose rows are given.
 template <int W, typename X, Read read, typename T>
 DEPTHPRUNE_INLINE void attend_tile(
@@ -205,8 +223,7 @@ DEPTHPRUNE_INLINE void attend_tile(
       Paired::attend(problem, task, block, scratch);
 #endif
     } else if constexpr (read == Read::kTransposed) {
-      multiply<W>(
-          block.rows, q, padded_dim, Panel{scratch.k, kKeys}, problem.head_dim, kKeys, scratch.scores, kKeys, nullptr);
+      score<W>(problem, block.rows, q, scratch.k, scratch.scores);
       weigh_values<W>(problem, task, block, Panel{scratch.v, padded_dim}, scratch);
     } else {
       const int64_t columns = (block.keys + 3) / 4 * 4;
