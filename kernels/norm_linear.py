@@ -19,8 +19,7 @@ from depthprune_runtime.kernels.launch_rows import MAX_TOKENS
 from depthprune_runtime.kernels.rows import configure, halves, products, weight_arguments
 from depthprune_runtime.ops._library import REFERENCES
 from depthprune_runtime.ops._weight import check_norm, check_packed
-
-RUN = 16
+from depthprune_runtime.ops.norm_linear import RUN
 
 
 @triton.jit

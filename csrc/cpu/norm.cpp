@@ -13,6 +13,7 @@
 #include "cpu/arguments.h"
 #include "cpu/norm.h"
 #include "cpu/simd.h"
+#include "gain.h"
 #include "rows_of.h"
 
 namespace depthprune {
@@ -110,14 +111,7 @@ namespace {
 
 void check(const char* op, const at::Tensor& x, const at::Tensor& weight) {
   DEPTHPRUNE_CHECK(x.dim() >= 1, op, "x", "at least one dimension", x.sizes());
-  DEPTHPRUNE_CHECK(
-      is_known(x.scalar_type()), op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
-  DEPTHPRUNE_CHECK(
-      weight.dim() == 1 && weight.size(0) == x.size(-1), op, "weight", c10::str("shape [", x.size(-1), "]"),
-      weight.sizes());
-  DEPTHPRUNE_CHECK(
-      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat, op, "weight",
-      c10::str("dtype ", x.scalar_type(), " (that of x) or Float"), weight.scalar_type());
+  check_gain(op, x, weight, x.sizes().slice(x.dim() - 1));
   DEPTHPRUNE_CHECK(weight.is_cpu(), op, "weight", "device cpu", weight.device());
 }
 

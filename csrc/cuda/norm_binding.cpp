@@ -8,17 +8,14 @@
 #include "check.h"
 #include "cpu/arguments.h"
 #include "cuda/norm.h"
+#include "gain.h"
 #include "rows_of.h"
 
 namespace depthprune::cuda {
 namespace {
 
 void check_weight(const char* op, const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef shape) {
-  DEPTHPRUNE_CHECK(is_known(x.scalar_type()), op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
-  DEPTHPRUNE_CHECK(weight.sizes() == shape, op, "weight", c10::str("shape ", shape), weight.sizes());
-  DEPTHPRUNE_CHECK(
-      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat, op, "weight",
-      c10::str("dtype ", x.scalar_type(), " (that of x) or Float"), weight.scalar_type());
+  check_gain(op, x, weight, shape);
   // One tensor on a CUDA device brought the call here, so equal devices are CUDA devices.
   DEPTHPRUNE_CHECK(
       weight.device() == x.device(), op, "weight", c10::str("device ", x.device(), " (that of x)"), weight.device());
