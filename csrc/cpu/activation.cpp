@@ -12,6 +12,7 @@
 #include "cpu/activation.h"
 #include "cpu/arguments.h"
 #include "cpu/exp.h"
+#include "cpu/linear_op.h"
 #include "cpu/simd.h"
 
 namespace depthprune {
@@ -44,8 +45,6 @@ DEPTHPRUNE_CLONES void silu_mul_row(const void* gate, const void* up, void* out,
   }
 }
 
-namespace {
-
 at::Tensor silu_mul(const at::Tensor& gate_up) {  // [T, 2F] -> [T, F]
   const char* op = "silu_mul";
   DEPTHPRUNE_CHECK(
@@ -68,8 +67,6 @@ at::Tensor silu_mul(const at::Tensor& gate_up) {  // [T, 2F] -> [T, F]
   });
   return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(depthprune, CPU, m) { m.impl("silu_mul", &silu_mul); }
 

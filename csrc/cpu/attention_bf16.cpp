@@ -20,6 +20,7 @@
 
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
 #define DEPTHPRUNE_BF16_PAIRS  // GCC 12 does not define __AVX512BF16__ after the pragma
+#define DEPTHPRUNE_TARGET      // the pragma names it
 #include "cpu/attention_tile.h"
 
 namespace depthprune::attention {

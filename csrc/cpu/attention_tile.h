@@ -98,6 +98,18 @@ struct Block {
   int64_t keys;  // of the tile; no row sees a later one
 };
 
+// The keys of a block that its row r sees.
+struct Visible {
+  int64_t begin, end;
+
+  DEPTHPRUNE_INLINE Visible(const Problem& problem, const Task& task, const Block& block, int64_t r) {
+    const int64_t position = task.position + (block.first_row + r) / problem.group;
+    const int64_t oldest = problem.window > 0 ? position + 1 - problem.window : 0;
+    begin = std::clamp<int64_t>(oldest - block.first_key, 0, block.keys);
+    end = std::clamp<int64_t>(position + 1 - block.first_key, 0, block.keys);
+  }
+};
+
 // The scores of a block, in scratch.scores, become the weights of its softmax; keep_r: see softmax_row.
 template <int W>
 DEPTHPRUNE_INLINE void weigh(const Problem& problem, const Task& task, const Block& block, Scratch& scratch, float* keep) {
@@ -105,13 +117,10 @@ DEPTHPRUNE_INLINE void weigh(const Problem& problem, const Task& task, const Blo
   const int64_t all_rows = task.num_queries * problem.group;
   const int64_t columns = (block.keys + 15) / 16 * 16;
   for (int64_t r = 0; r < block.rows; ++r) {
-    const int64_t position = task.position + (block.first_row + r) / problem.group;
-    const int64_t oldest = problem.window > 0 ? position + 1 - problem.window : 0;
-    const int64_t begin = std::clamp<int64_t>(oldest - block.first_key, 0, block.keys);
-    const int64_t end = std::clamp<int64_t>(position + 1 - block.first_key, 0, block.keys);
+    const Visible visible(problem, task, block, r);
     float* scores = scratch.scores + r * kKeys;
-    for (int64_t j = 0; j < begin; ++j) scores[j] = kMinusInf;
-    for (int64_t j = end; j < columns; ++j) scores[j] = kMinusInf;
+    for (int64_t j = 0; j < visible.begin; ++j) scores[j] = kMinusInf;
+    for (int64_t j = visible.end; j < columns; ++j) scores[j] = kMinusInf;
     float& m = scratch.sums[block.first_row + r];
     float& l = scratch.sums[all_rows + block.first_row + r];
     keep[r] = softmax_row(scores, columns, largest<W>(scores, columns), m, l);
@@ -164,12 +173,17 @@ struct Paired {
     const auto* k = reinterpret_cast<const Pair*>(scratch.k);
     const auto* v = reinterpret_cast<const Pair*>(scratch.v);
     const auto* weights = reinterpret_cast<const Pair*>(scratch.scores);
+    const int64_t all_rows = task.num_queries * problem.group;
     multiply_pairs(
-        block.rows, q, padded_dim, k, kKeys, problem.head_dim / 2, kKeys, scratch.scores, kKeys, nullptr,
-        problem.scale);
+        block.rows, q, padded_dim, k, kKeys, problem.head_dim / 2, (block.keys + 15) / 16 * 16, scratch.scores, kKeys,
+        nullptr, problem.scale);
     float keep[kRows];
-    weigh<16>(problem, task, block, scratch, keep);
-    narrow_weights(block.rows, block.keys, scratch.scores);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const Visible visible(problem, task, block, r);
+      const int64_t row = block.first_row + r;
+      keep[r] = softmax_pairs(
+          scratch.scores + r * kKeys, visible.begin, visible.end, scratch.sums[row], scratch.sums[all_rows + row]);
+    }
     multiply_pairs(
         block.rows, weights, kKeys, v, padded_dim, (block.keys + 1) / 2, padded_dim,
         sums_of(problem, task, block, scratch), padded_dim, keep, 1.0f);

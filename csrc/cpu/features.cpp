@@ -2,12 +2,32 @@
 
 #include <atomic>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "check.h"
 
 namespace depthprune {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
+
+// Whether there are tiles of bfloat16, and the kernel lets this process use them: it has to be asked once, for the
+// registers are 8 KB that it saves only then.
+bool allows_amx() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;  // cpuid 7, edx
+  constexpr long kRequest = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTiles) == 0 || (d & kBf16) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Level detect() {
 #if DEPTHPRUNE_HAS_LEVELS
@@ -15,7 +35,7 @@ Level detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return Level::avx512_bf16;
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return allows_amx() ? Level::amx : Level::avx512_bf16;
   if (avx2 && avx512) return Level::avx512;
   if (avx2) return Level::avx2;
 #endif

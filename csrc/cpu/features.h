@@ -13,7 +13,7 @@
 
 namespace depthprune {
 
-enum class Level { generic, avx2, avx512, avx512_bf16 };
+enum class Level { generic, avx2, avx512, avx512_bf16, amx };
 
 // The highest level of this machine, or the lower one that set_level asked for.
 Level level();

@@ -1,7 +1,8 @@
-// Matrix product with few rows, where reading the weights once decides the time:
+// Matrix product:
 //   out_tn = sum_k x_tk w_nk (+ bias_n)
-// in float32, rounded once. A thread reads one contiguous band of weight rows, four rows at a time against all
-// tokens (linear_kernel.h). Contract: depthprune_runtime/ops/linear.py.
+// in float32, rounded once. With few tokens reading the weights once decides the time: a thread reads one contiguous band
+// of weight rows, four rows at a time against all tokens (linear_kernel.h). Many are the work of gemm.h, or of torch.
+// Contract: depthprune_runtime/ops/linear.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -14,7 +15,9 @@
 #include "check.h"
 #include "cpu/arguments.h"
 #include "cpu/features.h"
+#include "cpu/gemm.h"
 #include "cpu/linear.h"
+#include "cpu/linear_op.h"
 
 namespace depthprune {
 namespace {
@@ -35,16 +38,14 @@ const LinearKernel* linear_kernel(Dtype dtype, int64_t tokens) {
   const int index = static_cast<int>(dtype);
   const Level use = level();
   if (tokens > (use == Level::generic ? kMostTokensGeneric : kMostTokens[index])) return nullptr;
-  if (use == Level::avx512_bf16 && dtype == Dtype::bfloat16) return &kLinearAvx512Bf16;
+  if (use >= Level::avx512_bf16 && dtype == Dtype::bfloat16) return &kLinearAvx512Bf16;
   if (use >= Level::avx512) return &kLinearAvx512[index];
   if (use == Level::avx2) return &kLinearAvx2[index];
   return kLinearGeneric[index].rows == nullptr ? nullptr : &kLinearGeneric[index];
 }
 
-namespace {
-
-void check(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  constexpr const char* op = "linear";
+void check_linear(
+    const char* op, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   DEPTHPRUNE_CHECK(x.dim() == 2, op, "x", "two dimensions [T, K]", x.sizes());
   DEPTHPRUNE_CHECK(is_known(x.scalar_type()), op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
   DEPTHPRUNE_CHECK(
@@ -63,6 +64,8 @@ void check(const at::Tensor& x, const at::Tensor& weight, const std::optional<at
       c10::str("dtype ", x.scalar_type(), " (that of x), device cpu"),
       c10::str(bias->scalar_type(), " ", bias->device()));
 }
+
+namespace {
 
 // t, or a dense copy where its last dimension is strided.
 at::Tensor with_rows(const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
@@ -85,11 +88,41 @@ void set_input(Linear& linear, const LinearKernel& kernel, const at::Tensor& x, 
   linear.x = out;
 }
 
+}  // namespace
+
+std::optional<at::Tensor> many_tokens(
+    const at::Tensor& x,                     // [T, K]
+    const at::Tensor& weight,                // [N, K], gated [2F, K]
+    const std::optional<at::Tensor>& bias,   // [N], gated [2F]
+    bool gated) {                            // -> [T, N], gated [T, F]
+  const GemmKernel* kernel = x.scalar_type() == at::kBFloat16 ? gemm_kernel(x.size(0)) : nullptr;
+  if (kernel == nullptr) return std::nullopt;
+  at::Tensor out = at::empty({x.size(0), weight.size(0) / (gated ? 2 : 1)}, x.options());
+  if (out.numel() == 0) return out;
+  const at::Tensor inputs = with_rows(x);
+  const at::Tensor weights = with_rows(weight);
+  const at::Tensor offsets = bias ? bias->contiguous() : at::Tensor();
+  Gemm job{};
+  job.x = static_cast<const uint16_t*>(inputs.const_data_ptr());
+  job.weight = static_cast<const uint16_t*>(weights.const_data_ptr());
+  job.bias = bias ? static_cast<const uint16_t*>(offsets.const_data_ptr()) : nullptr;
+  job.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+  job.tokens = x.size(0);
+  job.in_features = x.size(1);
+  job.out_features = out.size(1);
+  job.x_stride = inputs.stride(0);
+  job.weight_stride = weights.stride(0);
+  job.gated = gated;
+  run_gemm(*kernel, job);
+  return out;
+}
+
 at::Tensor linear(
     const at::Tensor& x,                      // [T, K]
     const at::Tensor& weight,                 // [N, K]
     const std::optional<at::Tensor>& bias) {  // [N] -> [T, N]
-  check(x, weight, bias);
+  check_linear("linear", x, weight, bias);
+  if (std::optional<at::Tensor> out = many_tokens(x, weight, bias, false)) return *out;
   const LinearKernel* kernel = linear_kernel(dtype_of(x.scalar_type()), x.size(0));
   if (kernel == nullptr) return at::linear(x, weight, bias);
   at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
@@ -114,8 +147,6 @@ at::Tensor linear(
   });
   return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(depthprune, CPU, m) { m.impl("linear", &linear); }
 

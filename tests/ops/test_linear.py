@@ -31,6 +31,9 @@ SHAPES = [
     (4, 7, 96),
     (64, 9, 100),
     (1, 6, 16384),
+    (65, 49, 33),
+    (66, 96, 64),
+    (131, 100, 577),
 ]
 linear = torch.ops.depthprune.linear.default
 
@@ -112,7 +115,7 @@ def test_every_weight_value(dtype: torch.dtype, level: str) -> None:
     values = patterns[:, None].contiguous()
     out = linear(torch.ones(1, 1, dtype=dtype), values, None)[0]
     expected = patterns.clone()
-    if level == "avx512_bf16" and dtype == torch.bfloat16:
+    if level in ("avx512_bf16", "amx") and dtype == torch.bfloat16:
         expected[patterns.abs() < torch.finfo(dtype).tiny] = 0  # the instruction reads subnormals as zero
     assert torch.equal(out.nan_to_num(123.0), expected.nan_to_num(123.0))
     assert torch.equal(out.isnan(), expected.isnan())
@@ -168,14 +171,62 @@ def test_empty(shape: tuple[int, int, int], dtype: torch.dtype, level: str) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_many_tokens_are_left_to_torch(dtype: torch.dtype) -> None:
+def test_many_tokens_are_left_to_torch(dtype: torch.dtype, level: str) -> None:
+    """Except in bfloat16 where the instruction level has products of it."""
+    if dtype == torch.bfloat16 and level in ("avx512_bf16", "amx"):
+        pytest.skip("has a kernel of its own")
     x, weight = draw(300, 40, dtype=dtype), draw(30, 40, dtype=dtype, seed=1)
     assert torch.equal(linear(x, weight, None), REFERENCES["linear"](x, weight, None))
 
 
+@pytest.fixture
+def gemm_level(level: str) -> str:
+    if level not in ("avx512_bf16", "amx"):
+        pytest.skip("torch's own product serves many tokens at this level")
+    return level
+
+
+@pytest.mark.parametrize("size", [576, 577])
+def test_a_token_among_many_depends_on_nothing_but_itself(size: int, gemm_level: str) -> None:
+    """Bit-equal in any batch of more than 64 tokens, on one thread and two."""
+    x, weight = draw(333, size, dtype=torch.bfloat16), draw(515, size, dtype=torch.bfloat16, seed=1)
+    bias = draw(515, dtype=torch.bfloat16, seed=2)
+    whole = linear(x, weight, bias)
+    for first, end in ((0, 65), (7, 140), (200, 333)):
+        assert torch.equal(linear(x[first:end], weight, bias), whole[first:end])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(linear(x, weight, bias), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_many_tokens_and_strided_arguments(view: object, gemm_level: str) -> None:
+    x, weight = (view(draw(rows, 97, dtype=torch.bfloat16, seed=rows)) for rows in (80, 50))  # type: ignore[operator]
+    out = linear(x, weight, None)
+    assert torch.equal(out, linear(x.contiguous(), weight.contiguous(), None))
+
+
+def test_many_tokens_with_nan_beside_and_within(gemm_level: str) -> None:
+    wide_x = torch.full((70, 90), torch.nan, dtype=torch.bfloat16)
+    wide_weight = torch.full((60, 90), torch.nan, dtype=torch.bfloat16)
+    wide_x[:, :77], wide_weight[:51, :77] = draw(70, 77, dtype=torch.bfloat16), draw(51, 77, dtype=torch.bfloat16)
+    x, weight = wide_x[:, :77], wide_weight[:51, :77]
+    assert_linear(x, weight)
+    clean = linear(x, weight, None)
+    x[3, 5] = torch.nan
+    out = linear(x, weight, None)
+    assert out[3].isnan().all()
+    out[3] = clean[3]
+    assert torch.equal(out, clean)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(0, 20),
+    tokens=st.integers(0, 20) | st.integers(60, 140),
     rows=st.integers(1, 40),
     size=st.integers(1, 150),
     dtype=st.sampled_from(DTYPES),
