@@ -27,9 +27,16 @@ def huge_pages_available() -> bool:
 
 
 class HugePages:
-    """One region of at most `nbytes`, handed out in order. Its memory is freed with the last tensor in it."""
+    """One region of at most `nbytes`, handed out in order; of plain pages where the system gives no huge ones.
+
+    Its memory is freed with the last tensor in it.
+    """
 
     def __init__(self, nbytes: int) -> None:
+        if not huge_pages_available():
+            self._bytes = torch.zeros(max(1, nbytes) + _PAGE, dtype=torch.uint8)
+            self._next = -self._bytes.data_ptr() % _PAGE
+            return
         # private: the default is shared memory, whose huge pages are another setting
         region = mmap.mmap(-1, max(1, nbytes) + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(mmap.MADV_HUGEPAGE)

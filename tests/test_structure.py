@@ -20,13 +20,14 @@ MAY_IMPORT = {
     "spec": {"errors"},
     "families": {"errors", "spec"},
     "quantized": {"errors"},
+    "panels": {"_C"},
     "checkpoint": {"errors", "spec", "families", "quantized"},
     "tokenizer": {"errors", "checkpoint"},
     "texts": {"errors"},
     "placement": {"errors"},
     "huge_pages": set(),
-    "ops": {"quantized", "kernels", "_C"},
-    "model": {"errors", "spec", "quantized", "ops"},
+    "ops": {"quantized", "panels", "kernels", "_C"},
+    "model": {"errors", "spec", "quantized", "panels", "ops"},
     "quantization": {
         "errors",
         "progress",
@@ -54,7 +55,7 @@ MAY_IMPORT = {
         "texts",
         "placement",
     },
-    "engine": {"errors", "huge_pages", "spec", "checkpoint", "ops", "model", "tokenizer", "placement"},
+    "engine": {"errors", "huge_pages", "panels", "spec", "checkpoint", "ops", "model", "tokenizer", "placement"},
     "evaluation": {"errors", "progress", "engine", "model", "texts"},
 }
 NO_TORCH = [

@@ -305,7 +305,10 @@ class StepWorker {
     const void* x = normed_input(layer.norm, layer.gate_up);
     const int64_t channels = layer.down.in_features;
     const Projection& gate_up = layer.gate_up;
-    if (channels % gate_up.unit() == 0) {
+    if (gate_up.gates()) {
+      const Range mine = part(channels, gate_up.unit());
+      gate_up.gated_rows(x, tokens(), state_.inner, mine.begin, mine.end);
+    } else if (channels % gate_up.unit() == 0) {
       // Gate and up of the same channels: their product needs no other thread.
       const Range mine = part(channels, gate_up.unit());
       gate_up.rows(state_.kernels, x, tokens(), state_.wide, mine.begin, mine.end);

@@ -21,13 +21,13 @@ using Tensors = std::vector<at::Tensor>;
 
 constexpr const char* kOp = "decode_step";
 
-// Weight [N, K] as [weight], or as [codes, scales] or [codes, scales, zeros] with its sizes.
+// Weight [N, K] as [weight] or [panels], or as [codes, scales] or [codes, scales, zeros] with its sizes.
 struct StepLinear {
   Tensors weight;
   std::optional<at::Tensor> bias;
   int64_t out_features;
   int64_t in_features;
-  int64_t bits;  // 0: dense
+  int64_t bits;  // 0: rows in the model's dtype; 16: bfloat16 in panels
   int64_t group_size;
 };
 
@@ -116,6 +116,13 @@ class Builder {
     if (linear.bias) found.bias = plain(name, *linear.bias, {out_features});
     if (linear.bits == 0) {
       found.weight = plain(name, linear.weight.at(0), {out_features, in_features});
+      return found;
+    }
+    if (linear.bits == 16) {
+      const int64_t count = (out_features + kGemmRows - 1) / kGemmRows;
+      DEPTHPRUNE_CHECK(dtype_ == at::kBFloat16, kOp, name, "a model in bfloat16, for panels", dtype_);
+      found.panels = static_cast<const uint32_t*>(
+          plain(name, linear.weight.at(0), {count, (in_features + 31) / 32 * 16, kGemmRows, 2}));
       return found;
     }
     QuantizedWeight& codes = found.codes;

@@ -19,20 +19,23 @@
 namespace depthprune {
 namespace {
 
-#include "cpu/transpose16.h"
-
-#include "cpu/gemm_panel.h"
+#include "cpu/gemm_epilogue.h"
 
 constexpr int kVectors = 2;
 constexpr int kStep = 32;  // elements of K a tile
 
+// Two panels: of neighbouring outputs, or of gates and their ups.
+struct Panels {
+  const uint32_t* left;
+  const uint32_t* right;
+};
+
 // Tiles: 0 1 2 3 sums, 4 5 tokens, 6 7 weights.
-DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_step(const uint16_t* x, int64_t x_bytes, const uint32_t* panel) {
-  constexpr int64_t panel_bytes = kVectors * 64;
-  _tile_loadd(6, panel, panel_bytes);
+DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_step(const uint16_t* x, int64_t x_bytes, const Panels& panels, int64_t k) {
+  _tile_loadd(6, panels.left + k / 2 * kGemmRows, 64);
   _tile_loadd(4, x, x_bytes);
   _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, panel + 16, panel_bytes);
+  _tile_loadd(7, panels.right + k / 2 * kGemmRows, 64);
   _tile_dpbf16ps(1, 4, 7);
   _tile_loadd(5, reinterpret_cast<const char*>(x) + 16 * x_bytes, x_bytes);
   _tile_dpbf16ps(2, 5, 6);
@@ -40,21 +43,21 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_step(const uint16_t* x, int64_t x_b
 }
 
 template <bool gated>
-DEPTHPRUNE_TARGET void block(const Gemm& gemm, const uint32_t* panel, int64_t first, int64_t token) {
+DEPTHPRUNE_TARGET void block(const Gemm& gemm, const Panels& panels, int64_t first, int64_t token) {
   const uint16_t* x = gemm.x + token * gemm.x_stride;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   const int64_t whole = gemm.in_features / kStep * kStep;
-  for (int64_t k = 0; k < whole; k += kStep) add_step(x + k, gemm.x_stride * 2, panel + k / 2 * kVectors * 16);
+  for (int64_t k = 0; k < whole; k += kStep) add_step(x + k, gemm.x_stride * 2, panels, k);
   if (whole < gemm.in_features) {
     uint16_t rest[kGemmTokens][kStep] = {};
     for (int64_t t = 0; t < kGemmTokens; ++t) {
       std::memcpy(rest[t], x + t * gemm.x_stride + whole, (gemm.in_features - whole) * sizeof(uint16_t));
     }
     amx::settle();
-    add_step(rest[0], kStep * 2, panel + whole / 2 * kVectors * 16);
+    add_step(rest[0], kStep * 2, panels, whole);
     amx::settle();
   }
   alignas(64) float sums[kGemmTokens][kVectors * 16];
@@ -71,23 +74,33 @@ DEPTHPRUNE_TARGET void block(const Gemm& gemm, const uint32_t* panel, int64_t fi
 }
 
 template <bool gated>
-DEPTHPRUNE_TARGET void blocks(const Gemm& gemm, const uint32_t* panel, int64_t first, int64_t begin, int64_t end) {
+DEPTHPRUNE_TARGET void blocks(
+    const Gemm& gemm, const uint32_t* panels, const uint32_t* ups, int64_t first, int64_t last, int64_t begin,
+    int64_t end) {
+  const int64_t words = gemm.panel_words();
+  constexpr int64_t step = (gated ? 1 : 2) * kGemmRows;
   amx::configure();
-  for (; begin + kGemmTokens <= end; begin += kGemmTokens) block<gated>(gemm, panel, first, begin);
-  // The last tokens together with some before them, which get the same values again.
-  if (begin < end) block<gated>(gemm, panel, first, end - kGemmTokens);
+  for (; first < last; first += step, panels += step / kGemmRows * words, ups += gated ? words : 0) {
+    // A last panel without a neighbour is its own: nobody stores what it gives a second time.
+    const Panels both{panels, gated ? ups : last - first > kGemmRows ? panels + words : panels};
+    int64_t token = begin;
+    for (; token + kGemmTokens <= end; token += kGemmTokens) block<gated>(gemm, both, first, token);
+    // The last tokens together with some before them, which get the same values again.
+    if (token < end) block<gated>(gemm, both, first, end - kGemmTokens);
+  }
   _tile_release();
 }
 
-void pack(const Gemm& gemm, int64_t first, uint32_t* panel) { pack_panel<kVectors>(gemm, first, panel); }
-
-void run(const Gemm& gemm, const uint32_t* panel, int64_t first, int64_t begin, int64_t end) {
-  gemm.gated ? blocks<true>(gemm, panel, first, begin, end) : blocks<false>(gemm, panel, first, begin, end);
+void run(
+    const Gemm& gemm, const uint32_t* panels, const uint32_t* ups, int64_t first, int64_t last, int64_t begin,
+    int64_t end) {
+  gemm.gated ? blocks<true>(gemm, panels, ups, first, last, begin, end)
+             : blocks<false>(gemm, panels, ups, first, last, begin, end);
 }
 
 }  // namespace
 
-const GemmKernel kGemmAmx{kVectors * 16, kVectors * 8, kVectors * 64, &pack, &run};
+const GemmKernel kGemmAmx{&run, 2 * kGemmRows, kGemmRows};
 
 }  // namespace depthprune
 #else

@@ -1,7 +1,9 @@
 // gemm with vdpbf16ps: lane i adds w_2k,i x_2k and w_2k+1,i x_2k+1. It reads subnormals as zero.
 //
-// 24 registers of sums: 8 tokens x 48 outputs, gated 6 tokens x (32 gates and ups). Measured on one core of a Zen 4 at
-// SmolLM2's shapes and 512 tokens: 207-226 of the 233 GFLOP/s that the instruction can do; 12 x 32 gives 198-210.
+// Up to 16 tokens take one panel at a time (gated: one of gates, one of ups), which is one stretch of memory. More share
+// 24 registers of sums: 8 tokens x 48 outputs, gated 6 tokens x 32 gates and ups. Measured on a Zen 4: two threads read
+// weights that come from memory at its speed up to 8 tokens, where the rows of linear.h reach half of it; at SmolLM2's
+// shapes and 512 tokens one thread does 207-226 of the 233 GFLOP/s that the instruction can.
 #include "cpu/features.h"
 #include "cpu/gemm.h"
 
@@ -11,6 +13,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/simd.h"
@@ -20,22 +23,33 @@
 namespace depthprune {
 namespace {
 
+#include "cpu/gemm_epilogue.h"
 #include "cpu/transpose16.h"
 
-#include "cpu/gemm_panel.h"
-
+constexpr int kStreamedTokens = 16;
+constexpr int64_t kAhead = 4096;  // bytes from a streamed register to what is asked for
 constexpr int kVectors = 3;
 constexpr int kTokens = 8;
 constexpr int kGatedVectors = 4;
 constexpr int kGatedTokens = 6;
 
-template <int V, int S>
+struct Place {
+  const uint32_t* panels;  // of the first output
+  const uint32_t* ups;
+  int64_t words;  // of a panel
+};
+
+template <int V, int S, bool stream>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_pair(
-    const uint32_t* weights, const uint16_t* x, int64_t x_stride, __m512 (&sums)[S][V]) {
+    const uint32_t* const (&panels)[V], int64_t k, const uint16_t* x, int64_t x_stride, __m512 (&sums)[S][V]) {
   __m512bh columns[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(weights + v * 16);
-#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    const uint32_t* from = panels[v] + k * kGemmRows;
+    if constexpr (stream) _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+    columns[v] = (__m512bh)_mm512_loadu_si512(from);
+  }
+#pragma GCC unroll 16
   for (int s = 0; s < S; ++s) {
     int32_t pair;
     std::memcpy(&pair, x + s * x_stride, sizeof(pair));
@@ -45,63 +59,103 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_pair(
   }
 }
 
-template <int V, bool gated, int S>
-DEPTHPRUNE_TARGET void block(const Gemm& gemm, const uint32_t* panel, int64_t first, int64_t token) {
+template <int V, bool gated, int S, bool stream>
+DEPTHPRUNE_TARGET void block(const Gemm& gemm, const Place& place, int64_t first, int64_t token) {
   const uint16_t* x = gemm.x + token * gemm.x_stride;
+  const uint32_t* panels[V];
   __m512 sums[S][V];
-#pragma GCC unroll 8
-  for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[s][v] = _mm512_setzero_ps();
+  for (int v = 0; v < V; ++v) {
+    constexpr int half = V / 2;
+    panels[v] = gated && v >= half ? place.ups + (v - half) * place.words : place.panels + v * place.words;
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s) sums[s][v] = _mm512_setzero_ps();
   }
   const int64_t whole = gemm.in_features / 2;
-  for (int64_t k = 0; k < whole; ++k) add_pair<V, S>(panel + k * V * 16, x + 2 * k, gemm.x_stride, sums);
+  for (int64_t k = 0; k < whole; ++k) add_pair<V, S, stream>(panels, k, x + 2 * k, gemm.x_stride, sums);
   if (gemm.in_features % 2 != 0) {
     uint16_t last[S][2];
     for (int s = 0; s < S; ++s) {
       last[s][0] = x[s * gemm.x_stride + 2 * whole];
       last[s][1] = 0;
     }
-    add_pair<V, S>(panel + whole * V * 16, last[0], 2, sums);
+    add_pair<V, S, stream>(panels, whole, last[0], 2, sums);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int s = 0; s < S; ++s) finish<V, gated>(gemm, first, token + s, sums[s]);
 }
 
-template <int V, bool gated, int S>
+template <int V, bool gated, int S, bool stream>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void last_tokens(
-    const Gemm& gemm, const uint32_t* panel, int64_t first, int64_t token, int64_t end) {
+    const Gemm& gemm, const Place& place, int64_t first, int64_t token, int64_t end) {
   if constexpr (S > 0) {
-    if (end - token < S) return last_tokens<V, gated, S - 1>(gemm, panel, first, token, end);
-    block<V, gated, S>(gemm, panel, first, token);
+    if (end - token < S) return last_tokens<V, gated, S - 1, stream>(gemm, place, first, token, end);
+    block<V, gated, S, stream>(gemm, place, first, token);
   }
 }
 
-template <int V, bool gated, int S>
-DEPTHPRUNE_TARGET void blocks(const Gemm& gemm, const uint32_t* panel, int64_t first, int64_t begin, int64_t end) {
-  for (; begin + S <= end; begin += S) block<V, gated, S>(gemm, panel, first, begin);
-  last_tokens<V, gated, S - 1>(gemm, panel, first, begin, end);
+// V panels (gated: V / 2 of either kind) against all tokens.
+template <int V, bool gated, int S, bool stream>
+DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void all_tokens(
+    const Gemm& gemm, const Place& place, int64_t first, int64_t begin, int64_t end) {
+  for (; begin + S <= end; begin += S) block<V, gated, S, stream>(gemm, place, first, begin);
+  last_tokens<V, gated, S - 1, stream>(gemm, place, first, begin, end);
 }
 
-void pack(const Gemm& gemm, int64_t first, uint32_t* panel) {
-  gemm.gated ? pack_panel<kGatedVectors>(gemm, first, panel) : pack_panel<kVectors>(gemm, first, panel);
+// Outputs [first, last), as many panels at a time as `V` says, then one by one.
+template <int V, bool gated, int S, bool stream>
+DEPTHPRUNE_TARGET void outputs(
+    const Gemm& gemm, Place place, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  constexpr int one = gated ? 2 : 1;
+  constexpr int64_t step = V / one * kGemmRows;
+  const auto advance = [&](int64_t panels) {
+    place.panels += panels * place.words;
+    if (gated) place.ups += panels * place.words;
+  };
+  for (; last - first > step - kGemmRows; first += step, advance(V / one)) {
+    all_tokens<V, gated, S, stream>(gemm, place, first, begin, end);
+  }
+  if constexpr (V > one) {
+    for (; first < last; first += kGemmRows, advance(1)) all_tokens<one, gated, S, stream>(gemm, place, first, begin, end);
+  }
 }
 
-void run(const Gemm& gemm, const uint32_t* panel, int64_t first, int64_t begin, int64_t end) {
-  if (gemm.gated) {
-    blocks<kGatedVectors, true, kGatedTokens>(gemm, panel, first, begin, end);
+void run(
+    const Gemm& gemm, const uint32_t* panels, const uint32_t* ups, int64_t first, int64_t last, int64_t begin,
+    int64_t end) {
+  const Place place{panels, ups, gemm.panel_words()};
+  if (end - begin <= kStreamedTokens) {
+    gemm.gated ? outputs<2, true, kStreamedTokens / 2, true>(gemm, place, first, last, begin, end)
+               : outputs<1, false, kStreamedTokens, true>(gemm, place, first, last, begin, end);
   } else {
-    blocks<kVectors, false, kTokens>(gemm, panel, first, begin, end);
+    gemm.gated ? outputs<kGatedVectors, true, kGatedTokens, false>(gemm, place, first, last, begin, end)
+               : outputs<kVectors, false, kTokens, false>(gemm, place, first, last, begin, end);
+  }
+}
+
+DEPTHPRUNE_TARGET void pack(
+    const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel) {
+  for (int64_t k = 0; k < in_features; k += 32) {
+    const int64_t width = in_features - k;
+    const __mmask32 mask = width >= 32 ? 0xffffffffu : (1u << width) - 1u;
+    __m512i in[kGemmRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kGemmRows; ++i) {
+      in[i] = i < count ? _mm512_maskz_loadu_epi16(mask, rows + i * stride + k) : _mm512_setzero_si512();
+    }
+    transpose16(in, panel + k / 2 * kGemmRows, kGemmRows);
   }
 }
 
 }  // namespace
 
-const GemmKernel kGemmAvx512Bf16{kVectors * 16, kGatedVectors * 8, kGatedVectors * 64, &pack, &run};
+const GemmKernel kGemmAvx512Bf16{&run, kVectors * kGemmRows, kGatedVectors / 2 * kGemmRows};
+const GemmPack kGemmPackAvx512 = &pack;
 
 }  // namespace depthprune
 #else
 namespace depthprune {
 const GemmKernel kGemmAvx512Bf16{};
+const GemmPack kGemmPackAvx512 = nullptr;
 }  // namespace depthprune
 #endif

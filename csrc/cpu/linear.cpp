@@ -95,8 +95,7 @@ std::optional<at::Tensor> many_tokens(
     const at::Tensor& weight,                // [N, K], gated [2F, K]
     const std::optional<at::Tensor>& bias,   // [N], gated [2F]
     bool gated) {                            // -> [T, N], gated [T, F]
-  const GemmKernel* kernel = x.scalar_type() == at::kBFloat16 ? gemm_kernel(x.size(0)) : nullptr;
-  if (kernel == nullptr) return std::nullopt;
+  if (x.size(0) <= kMostStepTokens || x.scalar_type() != at::kBFloat16 || !has_gemm()) return std::nullopt;
   at::Tensor out = at::empty({x.size(0), weight.size(0) / (gated ? 2 : 1)}, x.options());
   if (out.numel() == 0) return out;
   const at::Tensor inputs = with_rows(x);
@@ -104,16 +103,14 @@ std::optional<at::Tensor> many_tokens(
   const at::Tensor offsets = bias ? bias->contiguous() : at::Tensor();
   Gemm job{};
   job.x = static_cast<const uint16_t*>(inputs.const_data_ptr());
-  job.weight = static_cast<const uint16_t*>(weights.const_data_ptr());
   job.bias = bias ? static_cast<const uint16_t*>(offsets.const_data_ptr()) : nullptr;
   job.out = static_cast<uint16_t*>(out.mutable_data_ptr());
   job.tokens = x.size(0);
   job.in_features = x.size(1);
   job.out_features = out.size(1);
   job.x_stride = inputs.stride(0);
-  job.weight_stride = weights.stride(0);
   job.gated = gated;
-  run_gemm(*kernel, job);
+  run_gemm(job, GemmRows{static_cast<const uint16_t*>(weights.const_data_ptr()), weights.stride(0)});
   return out;
 }
 

@@ -17,36 +17,16 @@ from depthprune_runtime.engine.kv_cache import kv_blocks_needed
 from depthprune_runtime.engine.memory import default_kv_memory, free_memory, kv_block_bytes
 from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, RequestOutputs, StreamChunk
 from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.weights import decoder_weights
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.huge_pages import HugePages, huge_pages_available
 from depthprune_runtime.model.batch import packed
-from depthprune_runtime.model.decoder import Decoder, WeightGetter
-from depthprune_runtime.model.linear import Weight
+from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.tokenizer import Tokenizer, generation_config
 
 _MAX_RUNNING = 64  # outputs decoded together
 _PREFILL_TOKENS = 4096  # tokens in one forward pass
-
-
-def _weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mmap: bool) -> WeightGetter:
-    """What the decoder takes its weights from: for a CPU, copies in huge pages, in the order in which it asks."""
-    if mmap or device.type != "cpu" or not huge_pages_available():
-        return checkpoint.weight
-    quantized = checkpoint.quantization
-    sizes = [
-        e.nbytes if name in quantized else torch.Size(e.shape).numel() * dtype.itemsize
-        for name, entries in checkpoint.entries().items()
-        for e in entries
-    ]
-    pages = HugePages(sum(map(HugePages.room, sizes)))
-
-    def copied(name: str) -> Weight:
-        weight = checkpoint.weight(name)
-        return pages.copy(weight.to(dtype)) if isinstance(weight, Tensor) else weight.map(pages.copy)
-
-    return copied
 
 
 class Runtime:
@@ -66,7 +46,7 @@ class Runtime:
             self.tokenizer = Tokenizer(checkpoint)
         self._inputs = Inputs(self.name, self.spec, self.tokenizer, generation_config(checkpoint))
         self.default_sampling_params = self._inputs.default_sampling_params
-        self.decoder = Decoder(self.spec, _weights(checkpoint, device, dtype, mmap), device, dtype)
+        self.decoder = Decoder(self.spec, decoder_weights(checkpoint, device, dtype, mmap), device, dtype)
 
     @classmethod
     def load(
@@ -81,7 +61,7 @@ class Runtime:
 
         device: `auto` is CUDA where there is one; dtype: `auto` is the checkpoint's; verify: check our own file against
         its checksums; mmap: on a CPU, leave the weights of our own file mapped, so that processes share them, rather
-        than copy them into huge pages, which are read faster.
+        than copy them into huge pages and the layout that the kernels read fastest.
         """
         wanted = resolve_dtype(dtype)
         target = resolve_device(device)

@@ -17,6 +17,7 @@ from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import Linear
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair
+from depthprune_runtime.panels import PanelWeight
 from depthprune_runtime.quantized import QuantizedWeight
 
 
@@ -97,6 +98,8 @@ class DecodeStep:
         if isinstance(weight, QuantizedWeight):
             parts = [weight.codes, weight.scales] + ([] if weight.zeros is None else [weight.zeros])
             bits, group_size = weight.spec.bits, weight.spec.group_size
+        elif isinstance(weight, PanelWeight):
+            parts, bits, group_size = [weight.panels], 16, 0
         else:
             parts, bits, group_size = [weight], 0, 0
         return self._extension.StepLinear(parts, linear.bias, rows, columns, bits, group_size)

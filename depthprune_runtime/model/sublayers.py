@@ -14,6 +14,7 @@ from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.linear import Linear, Weight
 from depthprune_runtime.model.rope import RotaryTable
+from depthprune_runtime.panels import PANEL_ROWS, PanelWeight
 from depthprune_runtime.spec import AttentionSpec, FFNSpec, SublayerSpec
 
 
@@ -106,6 +107,8 @@ class FFN:
         weight = self.gate_up.weight
         if isinstance(weight, Tensor):
             return ops.gated_linear(hidden, weight, self.gate_up.bias)
+        if isinstance(weight, PanelWeight) and weight.out_features % (2 * PANEL_ROWS) == 0:
+            return ops.panel_linear(hidden, weight, self.gate_up.bias, gated=True)
         return ops.silu_mul(self.gate_up(hidden))
 
     def project(self, inner: Tensor) -> Tensor:  # [T, F] -> [T, C]

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.decoder import SublayerLoader
+from depthprune_runtime.model.linear import Weight
 from depthprune_runtime.model.sublayers import Attention, Sublayer
 from depthprune_runtime.pruning import linalg, repair
 from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.pruning.walk import Visit
 from depthprune_runtime.quantization.gptq import DAMPING, gptq
 from depthprune_runtime.quantization.view import QuantizedCheckpoint
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.quantized import QuantSpec
 
 
 class Calibrated:
@@ -67,7 +68,7 @@ class Calibrated:
             self._put(second, weight, gram)
         return self._loader.sublayer(visit.index)
 
-    def _put(self, name: str, weight: Tensor | QuantizedWeight, gram: Tensor) -> None:
+    def _put(self, name: str, weight: Weight, gram: Tensor) -> None:
         assert isinstance(weight, Tensor)
         _check_finite(name, gram)
         self._view.put(name, gptq(weight, gram, self._quants[name], self._damping))

@@ -12,6 +12,7 @@ from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.model.batch import PagedContext, packed
 from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.panels import PanelWeight, to_panels
 from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 
@@ -39,9 +40,12 @@ def random_weights(spec: DecoderSpec, dtype: torch.dtype, quant: QuantSpec | Non
     return weights
 
 
-def steps_agree(spec: DecoderSpec, dtype=torch.float32, quant=None, contexts=(1, 7, 30), steps=3) -> None:
+def steps_agree(spec: DecoderSpec, dtype=torch.float32, quant=None, contexts=(1, 7, 30), steps=3, panels=False) -> None:
     """Decode `steps` tokens for requests of those contexts, whose kv_blocks are scattered, in both ways."""
     weights = random_weights(spec, dtype, quant)
+    if panels:
+        for name, shape in spec.projections().items():
+            weights[name] = PanelWeight(to_panels(weights[name]), *shape)
     decoder = Decoder(spec, weights.__getitem__, CPU, dtype)
     width = -(-(max(contexts) + steps) // BLOCK)
     caches = [KVCache(spec, width * len(contexts), BLOCK, CPU, dtype) for _ in range(2)]
@@ -85,6 +89,20 @@ def test_equals_the_ops_at_every_level(level, batch):
             steps_agree(specs.mixed_spec(), torch.bfloat16, quant, [20] * batch)
     finally:
         _C.set_cpu_level(before)
+
+
+@pytest.mark.parametrize(
+    ("level", "batch"),
+    [(level, batch) for level in LEVELS for batch in (1, 3, 17) if (level, batch) != ("generic", 17)],
+)
+def test_equals_the_ops_with_weights_in_panels(level, batch):
+    tied = dataclasses.replace(specs.mixed_spec(), tie_word_embeddings=True)
+    _C.set_cpu_level(level)
+    try:
+        for spec in (specs.mixed_spec(), tied):
+            steps_agree(spec, torch.bfloat16, contexts=[20] * batch, panels=True)
+    finally:
+        _C.set_cpu_level(LEVELS[-1])
 
 
 @pytest.mark.parametrize(

@@ -16,23 +16,32 @@ from accuracy import assert_as_accurate
 from op_cases import plain
 from torch import Tensor
 
+from depthprune_runtime.panels import to_panels
+
 _C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = """
+#include <initializer_list>
+
 #include "cpu/gemm.h"
-// Every panel, tokens in two pieces where they are enough.
-extern "C" void gemm(const void* x, const void* weight, const void* bias, void* out, long tokens, long in_features,
-                     long out_features, long x_stride, bool gated, void* panel) {
+// Outputs in two pieces where they are enough, and tokens.
+extern "C" void gemm(const void* x, const void* panels, const void* ups, const void* bias, void* out, long tokens,
+                     long in_features, long out_features, long x_stride, bool gated) {
   using namespace depthprune;
   const auto half = [](const void* p) { return static_cast<const uint16_t*>(p); };
-  const Gemm job{half(x), half(weight), half(bias), static_cast<uint16_t*>(out), tokens, in_features, out_features,
-                 x_stride, in_features, gated};
-  const int64_t outputs = gated ? kGemmAmx.gated_outputs : kGemmAmx.outputs;
+  const Gemm job{half(x), half(bias), static_cast<uint16_t*>(out), tokens, in_features, out_features, x_stride, gated};
   const int64_t cut = tokens >= 2 * kGemmTokens ? kGemmTokens : tokens;
-  for (int64_t first = 0; first < out_features; first += outputs) {
-    kGemmAmx.pack(job, first, static_cast<uint32_t*>(panel));
-    kGemmAmx.run(job, static_cast<uint32_t*>(panel), first, 0, cut);
-    if (cut < tokens) kGemmAmx.run(job, static_cast<uint32_t*>(panel), first, cut, tokens);
+  const int64_t step = gated ? kGemmAmx.gated_outputs : kGemmAmx.outputs;
+  const int64_t split = out_features > step ? step : out_features;
+  const auto* left = static_cast<const uint32_t*>(panels);
+  const auto* right = static_cast<const uint32_t*>(ups);
+  for (int64_t first : {int64_t{0}, split}) {
+    const int64_t last = first == 0 ? split : out_features;
+    if (first == last) continue;
+    const int64_t offset = first / kGemmRows * job.panel_words();
+    const uint32_t* up = gated ? right + offset : nullptr;
+    kGemmAmx.run(job, left + offset, up, first, last, 0, cut);
+    if (cut < tokens) kGemmAmx.run(job, left + offset, up, first, last, cut, tokens);
   }
 }
 """
@@ -57,10 +66,10 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Product:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
         outputs = weight.shape[0] // (2 if gated else 1)
         out = torch.full((x.shape[0], outputs), torch.nan, dtype=x.dtype)
-        panel = torch.full(((x.shape[1] + 31) // 32 * 16 * 32,), -1, dtype=torch.int32)
-        pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (x, weight, bias, out, panel)]
+        panels = [to_panels(part) for part in weight.split(outputs)]
+        pointers = [None if t is None else t.data_ptr() for t in (x, panels[0], panels[-1], bias, out)]
         sizes = [ctypes.c_long(n) for n in (x.shape[0], x.shape[1], outputs, x.stride(0))]
-        library.gemm(*pointers[:4], *sizes, ctypes.c_bool(gated), pointers[4])
+        library.gemm(*map(ctypes.c_void_p, pointers), *sizes, ctypes.c_bool(gated))
         return out
 
     return run
