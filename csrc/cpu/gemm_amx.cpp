@@ -43,7 +43,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_step(const uint16_t* x, int64_t x_b
 }
 
 template <bool gated>
-DEPTHPRUNE_TARGET void block(const Gemm& gemm, const Panels& panels, int64_t first, int64_t token) {
+DEPTHPRUNE_TARGET void block(const Gemm& gemm, const Panels& panels, int64_t first, int64_t last, int64_t token) {
   const uint16_t* x = gemm.x + token * gemm.x_stride;
   _tile_zero(0);
   _tile_zero(1);
@@ -69,7 +69,7 @@ DEPTHPRUNE_TARGET void block(const Gemm& gemm, const Panels& panels, int64_t fir
   amx::settle();
   for (int64_t t = 0; t < kGemmTokens; ++t) {
     const __m512 both[kVectors] = {_mm512_load_ps(&sums[t][0]), _mm512_load_ps(&sums[t][16])};
-    finish<kVectors, gated>(gemm, first, token + t, both);
+    finish<kVectors, gated>(gemm, first, last, token + t, both);
   }
 }
 
@@ -81,12 +81,12 @@ DEPTHPRUNE_TARGET void blocks(
   constexpr int64_t step = (gated ? 1 : 2) * kGemmRows;
   amx::configure();
   for (; first < last; first += step, panels += step / kGemmRows * words, ups += gated ? words : 0) {
-    // A last panel without a neighbour is its own: nobody stores what it gives a second time.
+    // A last panel without a neighbour is its own; what it gives a second time is not stored.
     const Panels both{panels, gated ? ups : last - first > kGemmRows ? panels + words : panels};
     int64_t token = begin;
-    for (; token + kGemmTokens <= end; token += kGemmTokens) block<gated>(gemm, both, first, token);
+    for (; token + kGemmTokens <= end; token += kGemmTokens) block<gated>(gemm, both, first, last, token);
     // The last tokens together with some before them, which get the same values again.
-    if (token < end) block<gated>(gemm, both, first, end - kGemmTokens);
+    if (token < end) block<gated>(gemm, both, first, last, end - kGemmTokens);
   }
   _tile_release();
 }

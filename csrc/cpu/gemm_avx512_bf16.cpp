@@ -60,7 +60,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_pair(
 }
 
 template <int V, bool gated, int S, bool stream>
-DEPTHPRUNE_TARGET void block(const Gemm& gemm, const Place& place, int64_t first, int64_t token) {
+DEPTHPRUNE_TARGET void block(const Gemm& gemm, const Place& place, int64_t first, int64_t last, int64_t token) {
   const uint16_t* x = gemm.x + token * gemm.x_stride;
   const uint32_t* panels[V];
   __m512 sums[S][V];
@@ -82,24 +82,24 @@ DEPTHPRUNE_TARGET void block(const Gemm& gemm, const Place& place, int64_t first
     add_pair<V, S, stream>(panels, whole, last[0], 2, sums);
   }
 #pragma GCC unroll 16
-  for (int s = 0; s < S; ++s) finish<V, gated>(gemm, first, token + s, sums[s]);
+  for (int s = 0; s < S; ++s) finish<V, gated>(gemm, first, last, token + s, sums[s]);
 }
 
 template <int V, bool gated, int S, bool stream>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void last_tokens(
-    const Gemm& gemm, const Place& place, int64_t first, int64_t token, int64_t end) {
+    const Gemm& gemm, const Place& place, int64_t first, int64_t last, int64_t token, int64_t end) {
   if constexpr (S > 0) {
-    if (end - token < S) return last_tokens<V, gated, S - 1, stream>(gemm, place, first, token, end);
-    block<V, gated, S, stream>(gemm, place, first, token);
+    if (end - token < S) return last_tokens<V, gated, S - 1, stream>(gemm, place, first, last, token, end);
+    block<V, gated, S, stream>(gemm, place, first, last, token);
   }
 }
 
 // V panels (gated: V / 2 of either kind) against all tokens.
 template <int V, bool gated, int S, bool stream>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void all_tokens(
-    const Gemm& gemm, const Place& place, int64_t first, int64_t begin, int64_t end) {
-  for (; begin + S <= end; begin += S) block<V, gated, S, stream>(gemm, place, first, begin);
-  last_tokens<V, gated, S - 1, stream>(gemm, place, first, begin, end);
+    const Gemm& gemm, const Place& place, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  for (; begin + S <= end; begin += S) block<V, gated, S, stream>(gemm, place, first, last, begin);
+  last_tokens<V, gated, S - 1, stream>(gemm, place, first, last, begin, end);
 }
 
 // Outputs [first, last), as many panels at a time as `V` says, then one by one.
@@ -113,10 +113,10 @@ DEPTHPRUNE_TARGET void outputs(
     if (gated) place.ups += panels * place.words;
   };
   for (; last - first > step - kGemmRows; first += step, advance(V / one)) {
-    all_tokens<V, gated, S, stream>(gemm, place, first, begin, end);
+    all_tokens<V, gated, S, stream>(gemm, place, first, last, begin, end);
   }
   if constexpr (V > one) {
-    for (; first < last; first += kGemmRows, advance(1)) all_tokens<one, gated, S, stream>(gemm, place, first, begin, end);
+    for (; first < last; first += kGemmRows, advance(1)) all_tokens<one, gated, S, stream>(gemm, place, first, last, begin, end);
   }
 }
 

@@ -25,7 +25,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m512 silu16(__m512 x) {
 }
 
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
+  return static_cast<__mmask16>(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u);
 }
 
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m512 add_bias(__m512 sums, const uint16_t* bias, __mmask16 lanes) {
@@ -42,14 +42,15 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void store_outputs(uint16_t* out, __m512 val
   }
 }
 
-// One token's sums, to its outputs from `first` on.
+// One token's sums, to its outputs [first, last).
 template <int V, bool gated>
-DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void finish(const Gemm& gemm, int64_t first, int64_t token, const __m512 (&sums)[V]) {
+DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void finish(
+    const Gemm& gemm, int64_t first, int64_t last, int64_t token, const __m512 (&sums)[V]) {
   constexpr int outputs = gated ? V / 2 : V;
   uint16_t* out = gemm.out + token * gemm.out_features + first;
 #pragma GCC unroll 4
   for (int v = 0; v < outputs; ++v) {
-    const __mmask16 lanes = first_lanes(gemm.out_features - first - v * 16);
+    const __mmask16 lanes = first_lanes(last - first - v * 16);
     __m512 value = sums[v];
     if (gemm.bias != nullptr) value = add_bias(value, gemm.bias + first + v * 16, lanes);
     if constexpr (gated) {
