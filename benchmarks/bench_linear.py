@@ -1,10 +1,10 @@
-"""Projections of a decode step on the CPU: ops.linear beside torch.nn.functional.linear, weights cold.
+"""Projections on the CPU: ops.linear and, in bf16, ops.panel_linear beside torch.nn.functional.linear, weights cold.
 
     python benchmarks/bench_linear.py [--models smollm2-135m llama-1b] [--dtypes bfloat16 ...] [--tokens 1 8 16 64]
                                       [--level avx2] [--rounds 9] [--threads N] [--json] [--record]
 
 Every timing walks through copies of the weight that together exceed `COLD_BYTES`, so that each is read from memory,
-never from a cache; x and the output stay warm. One round runs both candidates and a plain read (the sum of a buffer
+never from a cache; x and the output stay warm. One round runs all candidates and a plain read (the sum of a buffer
 of `COLD_BYTES`) in turn; `of_read` is the weights' bytes per second over that read's, median of the rounds. At many
 tokens arithmetic decides, and the share of the bandwidth says little.
 """
@@ -21,6 +21,7 @@ from common import append_rows, environment, interleaved, paired_ratio, print_js
 from torch import Tensor
 
 from depthprune_runtime import _C, ops
+from depthprune_runtime.panels import PanelWeight, panels_pay, to_panels
 
 COLD_BYTES = 1 << 28  # at least four times the last-level cache of the machines measured so far
 RUN_BYTES = 1 << 25  # weights read by one timing, so that the clock and the loop do not count
@@ -37,7 +38,7 @@ MODELS = {  # projection -> N, K
 
 
 def projections(
-    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Iterator[Tensor], calls: int
+    function: Callable[[Tensor, Any], Tensor], x: Tensor, weights: Iterator[Any], calls: int
 ) -> Callable[[], None]:
     def run() -> None:
         for _ in range(calls):
@@ -49,26 +50,27 @@ def projections(
 def measure(
     args: argparse.Namespace, model: str, name: str, dtype: torch.dtype, buffer: Tensor
 ) -> list[dict[str, Any]]:
-    """Rows of one projection: each number of tokens, both candidates."""
+    """Rows of one projection: each number of tokens, all candidates."""
     n, k = MODELS[model][name]
     size = n * k * dtype.itemsize
     copies = [torch.randn(n, k).to(dtype) for _ in range(-(-COLD_BYTES // size))]
     calls = max(1, RUN_BYTES // size)
     weights = itertools.cycle(copies)  # shared: no candidate finds what the other has just read
+    panels = [PanelWeight(to_panels(w), n, k) for w in copies] if dtype == torch.bfloat16 and panels_pay() else []
+    packed = itertools.cycle(panels)
     rows = []
     for tokens in args.tokens:
         x = torch.randn(tokens, k).to(dtype)
         with torch.inference_mode():
-            seconds = interleaved(
-                {
-                    "torch": projections(torch.nn.functional.linear, x, weights, calls),
-                    "ours": projections(ops.linear, x, weights, calls),
-                    "read": buffer.sum,
-                },
-                args.rounds,
-            )
+            candidates = {
+                "torch": projections(torch.nn.functional.linear, x, weights, calls),
+                "ours": projections(ops.linear, x, weights, calls),
+            }
+            if panels:
+                candidates["ours, panels"] = projections(ops.panel_linear, x, packed, calls)
+            seconds = interleaved({**candidates, "read": buffer.sum}, args.rounds)
         read = buffer.nbytes / spread(seconds["read"])["median"]
-        for candidate in ("torch", "ours"):
+        for candidate in candidates:
             each = [value / calls for value in seconds[candidate]]
             share = paired_ratio([value / buffer.nbytes for value in seconds["read"]], [v / size for v in each])
             rows.append(
@@ -80,7 +82,7 @@ def measure(
                     "dtype": str(dtype).removeprefix("torch."),
                     "tokens": tokens,
                     "candidate": candidate,
-                    "level": _C.cpu_level() if candidate == "ours" else "",
+                    "level": "" if candidate == "torch" else _C.cpu_level(),
                     "rounds": args.rounds,
                     **{f"{key}_ms": round(1e3 * value, 5) for key, value in spread(each).items()},
                     "weights_gb_per_s": round(size / spread(each)["median"] / 1e9, 2),
@@ -124,7 +126,7 @@ def main() -> None:
 
 def line(row: dict[str, Any]) -> str:
     return (
-        f"{row['model']:<13}{row['projection']:<8}{row['dtype']:<9}T={row['tokens']:<4}{row['candidate']:<6}"
+        f"{row['model']:<13}{row['projection']:<8}{row['dtype']:<9}T={row['tokens']:<4}{row['candidate']:<13}"
         f"{row['median_ms']:>9.3f} ms [{row['q1_ms']:.3f} .. {row['q3_ms']:.3f}] {row['weights_gb_per_s']:>6.1f} GB/s "
         f"{100 * row['of_read']:>4.0f}% of {row['read_gb_per_s']:.1f} {row['speedup_over_torch']:>6.2f}x torch"
     )

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.engine.kv_cache import KVCache, kv_blocks_needed
+from depthprune_runtime.engine.weights import in_panels
 from depthprune_runtime.model.batch import PagedContext, packed
 from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import Weight
+from depthprune_runtime.panels import PanelWeight, to_panels
 from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import DecoderSpec
 
@@ -30,14 +32,17 @@ def quantized(weight: Tensor, quant: QuantSpec) -> QuantizedWeight:
 def random_weights(
     spec: DecoderSpec, quant: QuantSpec | None = None, device: str | torch.device = "cpu"
 ) -> Callable[[str], Weight]:
-    """By name, made once; bf16 or, but for norms, quantised."""
+    """By name, made once; bf16, laid out as a runtime does, or, but for norms, quantised."""
     shapes = spec.tensor_shapes()
+    packed = in_panels(spec, torch.bfloat16) if quant is None and torch.device(device).type == "cpu" else frozenset()
 
     @functools.cache
     def get(name: str) -> Weight:
         if len(shapes[name]) == 1:
             return torch.ones(shapes[name], dtype=torch.bfloat16, device=device)
         weight = torch.randn(shapes[name], device=device).mul_(0.02).to(torch.bfloat16)
+        if name in packed:
+            return PanelWeight(to_panels(weight), *shapes[name])
         return weight if quant is None else quantized(weight, quant)
 
     return get

@@ -28,6 +28,7 @@ from shapes import SPECS, shortened
 from steps import decode_step, quantized, random_weights
 
 from depthprune_runtime import ops
+from depthprune_runtime.panels import PanelWeight, panels_pay, to_panels
 from depthprune_runtime.quantized import QuantSpec
 
 pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=5)
@@ -76,7 +77,8 @@ def test_linear(benchmark: Any, device: str, name: str, precision: str) -> None:
     weight = torch.randn(rows, columns).mul_(0.02).bfloat16()
     if quant is None:
         dense = weight.to(device)
-        out = timed(benchmark, device, lambda: ops.linear(x, dense))
+        panels = PanelWeight(to_panels(weight), rows, columns) if device == "cpu" and panels_pay() else None
+        out = timed(benchmark, device, lambda: ops.panel_linear(x, panels) if panels else ops.linear(x, dense))
     else:
         small = quantized(weight, quant).to(torch.device(device))
         out = timed(benchmark, device, lambda: ops.quantized_linear(x, small))

@@ -10,6 +10,7 @@ import torch
 
 from depthprune_runtime import Runtime, import_model, quantize
 from depthprune_runtime.huge_pages import HugePages, huge_pages_available
+from depthprune_runtime.panels import PanelWeight
 
 needs_huge_pages = pytest.mark.skipif(not huge_pages_available(), reason="the system gives no huge pages")
 
@@ -43,6 +44,26 @@ def test_a_model_runs_the_same_from_copies_and_from_the_mapped_file(tmp_path, bi
     assert not copied
     assert torch.equal(Runtime.load(path).logits(ids), mapped)
     assert len(copied) >= len(Runtime.load(path, mmap=True).spec.tensor_shapes())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bfloat16_projections_lie_in_panels(tmp_path, tied, monkeypatch):
+    """Where the kernels like that; the logits are those of the rows, up to the order of their sums."""
+    monkeypatch.setattr("depthprune_runtime.engine.weights.panels_pay", lambda: True)
+    folder = pico.save(pico.build_model("llama", tie_word_embeddings=tied), tmp_path / "hf")
+    path = tmp_path / "model.safetensors"
+    import_model(folder, path, dtype="bfloat16")
+    runtime, mapped = Runtime.load(path), Runtime.load(path, mmap=True)
+    head = runtime.decoder.lm_head.weight
+    assert isinstance(head, PanelWeight) and torch.equal(head.dense(), mapped.decoder.lm_head.weight)
+    assert (runtime.decoder.embed_tokens is head) == tied
+    assert all(isinstance(s.output_weight, torch.Tensor) for s in runtime.decoder.sublayers)
+    for length in (17, 90):
+        ids = [i % 60 + 3 for i in range(length)]
+        expected = mapped.logits(ids).float()
+        assert (runtime.logits(ids).float() - expected).abs().max() <= 0.02 * expected.abs().max()
+    tokens = runtime.generate([[3, 4, 5]], temperature=0, max_new_tokens=6, ignore_eos=True)[0].outputs[0].token_ids
+    assert len(tokens) == 6
 
 
 @needs_huge_pages
