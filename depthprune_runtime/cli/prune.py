@@ -45,6 +45,7 @@ def _repair_choice(args: argparse.Namespace) -> Any:
         "lam": args.repair_lam,
         "weighting": args.repair_weighting,
         "answers_for": args.repair_answers_for,
+        "scope": args.repair_scope,
         "samples": args.repair_samples,
     }
     given = {name: value for name, value in given.items() if value is not None}
@@ -182,7 +183,7 @@ def add_prune(commands: Any, common: Parser) -> None:
 
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
-    from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, GROUPINGS, SCORES, SELECTIONS, WEIGHTINGS
+    from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, GROUPINGS, SCOPES, SCORES, SELECTIONS, WEIGHTINGS
 
     yes_or_no = argparse.BooleanOptionalAction
     g = p.add_argument_group("shortgpt")
@@ -207,6 +208,7 @@ def _add_method_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--repair-lam", type=float, metavar="L", help="ridge, relative to the mean of the Gram diagonal")
     g.add_argument("--repair-weighting", choices=WEIGHTINGS, help="of the tokens")
     g.add_argument("--repair-answers-for", choices=ANSWERS, help="who answers for a dropped sub-layer")
+    g.add_argument("--repair-scope", choices=SCOPES, help="what is solved anew: all, or what the plan touches")
     g.add_argument("--repair-samples", type=int, metavar="N", help="windows of the repair's walk")
 
 

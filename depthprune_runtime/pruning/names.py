@@ -12,6 +12,7 @@ Distance = Literal["js_reverse", "js", "kl", "angular", "norm", "perplexity"]
 Repair = Literal["ridge", "none"]
 Weighting = Literal["rms", "none"]
 Answers = Literal["before", "after"]
+Scope = Literal["all", "edited"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -22,3 +23,4 @@ DISTANCES: tuple[Distance, ...] = get_args(Distance)
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 ANSWERS: tuple[Answers, ...] = get_args(Answers)
+SCOPES: tuple[Scope, ...] = get_args(Scope)

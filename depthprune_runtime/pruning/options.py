@@ -11,12 +11,14 @@ from depthprune_runtime.pruning.names import (
     ANSWERS,
     DISTANCES,
     GROUPINGS,
+    SCOPES,
     SCORES,
     SELECTIONS,
     WEIGHTINGS,
     Answers,
     Distance,
     Grouping,
+    Scope,
     Score,
     Selection,
     Weighting,
@@ -89,12 +91,14 @@ class FlattenGPTOptions:
 @dataclass(frozen=True)
 class RepairOptions:
     """lam: ridge relative to the mean of the Gram diagonal; weighting: of the tokens; answers_for: whether a dropped
-    sub-layer is answered for by the kept one before or after it; samples, seq_len: windows of the walk, fewer if the
-    text has no more."""
+    sub-layer is answered for by the kept one before or after it; scope: which sub-layers are solved anew, all from the
+    first edit on, or only those that were merged or answer for dropped ones; samples, seq_len: windows of the walk,
+    fewer if the text has no more."""
 
     lam: float = 0.05
     weighting: Weighting = "rms"
     answers_for: Answers = "before"
+    scope: Scope = "all"
     samples: int = 128
     seq_len: int = 512
 
@@ -102,6 +106,7 @@ class RepairOptions:
         _number("repair lam", self.lam, 0.0)
         _choice("repair weighting", self.weighting, WEIGHTINGS)
         _choice("repair answers_for", self.answers_for, ANSWERS)
+        _choice("repair scope", self.scope, SCOPES)
 
 
 MethodOptions = ShortGPTOptions | FinerCutOptions | FlattenGPTOptions

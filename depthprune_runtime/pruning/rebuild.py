@@ -76,7 +76,7 @@ class Rebuild:
     def visit(self, visit: Visit) -> Sublayer:
         """Narrow and repair one sub-layer; the student goes on with the result, rounded as it is stored."""
         units = self._narrowing.units.get(visit.piece.sources[0]) if self._narrowing is not None else None
-        if units is None and self._repair is None:
+        if units is None and (self._repair is None or (self._repair.scope == "edited" and not visit.edited)):
             return visit.sublayer
         weighting = self._repair.weighting if self._repair is not None else "none"
         moments = repair.accumulate(visit, weighting)

@@ -95,7 +95,8 @@ def segments(pieces: Sequence[Piece], count: int, answers_for: Answers) -> list[
 class Visit:
     """One student sub-layer as a visitor meets it.
 
-    states: the student's residual stream entering it; target: what the teacher holds at the same point.
+    states: the student's residual stream entering it; target: what the teacher holds at the same point; edited: whether
+    it was merged or answers for dropped sub-layers.
     """
 
     index: int
@@ -104,6 +105,7 @@ class Visit:
     states: TokenStates
     target: TokenStates
     walk: Walk
+    edited: bool
 
     def hidden(self, batch: int) -> Tensor:  # [n * S, C]
         """What one batch's input projection sees: the normalised states."""
@@ -213,7 +215,9 @@ class Walk:
             self._advance_teacher(segment, teacher, targets)
             for k, index in enumerate(segment.pieces):
                 target = targets[k] if k < len(targets) else teacher  # the last one ends where the teacher is
-                visit = Visit(index, self._pieces[index], self._student.sublayer(index), student, target, self)
+                sublayer = self._student.sublayer(index)
+                edited = not segment.untouched(self._pieces)
+                visit = Visit(index, self._pieces[index], sublayer, student, target, self, edited)
                 sublayer = visitor(visit)
                 for b in range(len(student)):
                     states = student.batch(b)

@@ -84,6 +84,16 @@ def test_repair_touches_only_output_projections_after_the_first_edit(pico_file):
     assert changed == expected
 
 
+@pytest.mark.parametrize(("answers_for", "expected"), [("before", "sublayers.5.down"), ("after", "sublayers.6.o")])
+def test_a_repair_of_what_was_edited_touches_what_answers_for_it(pico_file, pico_runtime, answers_for, expected):
+    plain = PrunedCheckpoint(open_checkpoint(pico_file), PrunePlan("test", "", (Drop(6), Drop(7))))
+    options = RepairOptions(lam=1e-3, answers_for=answers_for, scope="edited")
+    repaired, _ = rebuilt(pico_file, (Drop(6), Drop(7)), repair=options)
+    changed = {n for n in plain.spec.tensor_shapes() if not torch.equal(plain.tensor(n), repaired.tensor(n))}
+    assert changed == {f"{expected}_proj.weight"}
+    assert error(pico_runtime, repaired) < error(pico_runtime, plain)
+
+
 @pytest.mark.parametrize("repair", [None, RepairOptions()])
 def test_narrowing_keeps_the_original_width(pico_file, repair):
     narrowing = Narrowing({2: 3, 3: 80}, FlattenGPTOptions())
