@@ -37,15 +37,9 @@ DEPTHPRUNE_INLINE void find_rows(
   for (int64_t j = count; j % 4 != 0; ++j) rows[j] = rows[count - 1];
 }
 
-// Asks for rows ahead of their use: those of one KV head are too far apart for the hardware to foresee them.
 template <typename T>
 DEPTHPRUNE_INLINE void prefetch_rows(const T* const* rows, int64_t count, int64_t head_dim) {
-#if defined(__GNUC__)
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t j = 0; j < count; ++j) {
-    for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(rows[j] + d);
-  }
-#endif
+  for (int64_t j = 0; j < count; ++j) prefetch_row(rows[j], head_dim);
 }
 
 // out_jd = row_jd as float32, zero from head_dim on.
@@ -210,11 +204,11 @@ DEPTHPRUNE_INLINE void score(const Problem& problem, int64_t rows, const float* 
   }
 }
 
-// All rows of a task against the keys first_key .. first_key + keys, whose rows are given.
+// All rows of a task against the keys first_key .. first_key + keys, whose rows are given. next: keys to ask for.
 template <int W, typename X, Read read, typename T>
 DEPTHPRUNE_INLINE void attend_tile(
     const Problem& problem, const Task& task, int64_t first_key, int64_t keys, const T* const* k, const T* const* v,
-    Scratch& scratch) {
+    Ahead<T> next, Scratch& scratch) {
   const int64_t padded_dim = problem.padded_dim();
   const int64_t all_rows = task.num_queries * problem.group;
   if constexpr (read == Read::kPairs) {
@@ -241,8 +235,10 @@ DEPTHPRUNE_INLINE void attend_tile(
       weigh_values<W>(problem, task, block, Panel{scratch.v, padded_dim}, scratch);
     } else {
       const int64_t columns = (block.keys + 3) / 4 * 4;
-      dot<W>(block.rows, q, padded_dim, k, padded_dim, columns, scratch.scores, kKeys);
-      weigh_values<W>(problem, task, block, Scattered<T>{v}, scratch);
+      const bool first_block = row == 0;
+      const Ahead<T> values{v, first_block && next.size > 0 ? columns : 0, problem.head_dim};
+      dot<W>(block.rows, q, padded_dim, k, padded_dim, columns, scratch.scores, kKeys, values);
+      weigh_values<W>(problem, task, block, Scattered<T>{v, first_block ? next : Ahead<T>{}}, scratch);
     }
   }
 }
@@ -274,17 +270,23 @@ DEPTHPRUNE_INLINE void attend_keys(const Problem& problem, const Task& task, Scr
   int64_t end = tile_end(task, task.first_key);
   find_rows(problem, task, problem.k, task.first_key, end - task.first_key, rows[0][0]);
   find_rows(problem, task, problem.v, task.first_key, end - task.first_key, rows[0][1]);
+  if constexpr (read == Read::kInPlace) prefetch_rows(rows[0][0], end - task.first_key, problem.head_dim);
   int tile = 0;
   for (int64_t first = task.first_key; first < task.end_key; tile = 1 - tile) {
     const int64_t keys = end - first;
     const T* const* k = rows[tile][0];
     const T* const* v = rows[tile][1];
+    Ahead<T> next{nullptr, 0, problem.head_dim};
     if (end < task.end_key) {
       const int64_t more = tile_end(task, end) - end;
       find_rows(problem, task, problem.k, end, more, rows[1 - tile][0]);
       find_rows(problem, task, problem.v, end, more, rows[1 - tile][1]);
-      prefetch_rows(rows[1 - tile][0], more, problem.head_dim);
-      prefetch_rows(rows[1 - tile][1], more, problem.head_dim);
+      if constexpr (read == Read::kInPlace) {
+        next = {rows[1 - tile][0], more, problem.head_dim};  // this tile's values are asked for with its keys
+      } else {
+        prefetch_rows(rows[1 - tile][0], more, problem.head_dim);
+        prefetch_rows(rows[1 - tile][1], more, problem.head_dim);
+      }
     }
     if constexpr (read == Read::kWidened) {
       const float* wide_k[kKeys];
@@ -295,9 +297,9 @@ DEPTHPRUNE_INLINE void attend_keys(const Problem& problem, const Task& task, Scr
         wide_k[j] = scratch.k + std::min(j, keys - 1) * padded_dim;
         wide_v[j] = scratch.v + std::min(j, keys - 1) * padded_dim;
       }
-      attend_tile<W, Float32, read>(problem, task, first, keys, wide_k, wide_v, scratch);
+      attend_tile<W, Float32, read>(problem, task, first, keys, wide_k, wide_v, Ahead<float>{}, scratch);
     } else {
-      attend_tile<W, X, read>(problem, task, first, keys, k, v, scratch);
+      attend_tile<W, X, read>(problem, task, first, keys, k, v, next, scratch);
     }
     first = end;
     end = tile_end(task, end);

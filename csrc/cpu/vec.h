@@ -177,11 +177,36 @@ struct Panel {
   DEPTHPRUNE_INLINE const float* row(int64_t d) const { return data + d * stride; }
 };
 
+// Asks for a row ahead of its use.
+template <typename T>
+DEPTHPRUNE_INLINE void prefetch_row(const T* row, int64_t size) {
+#if defined(__GNUC__)
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(row + d);
+#endif
+}
+
+// Rows that are needed after those a product reads: it asks for one of them with each of its own, so that memory works
+// while it multiplies. (All at once would wait for each other: a core follows some 24 cache lines at a time.)
+template <typename T>
+struct Ahead {
+  const T* const* rows;
+  int64_t count;
+  int64_t size;  // elements of a row
+  DEPTHPRUNE_INLINE void ask(int64_t i) const {
+    if (i < count) prefetch_row(rows[i], size);
+  }
+};
+
 template <typename T>
 struct Scattered {
   using storage = T;
   const T* const* rows;
-  DEPTHPRUNE_INLINE const T* row(int64_t d) const { return rows[d]; }
+  Ahead<T> ahead;
+  DEPTHPRUNE_INLINE const T* row(int64_t d) const {
+    ahead.ask(d);
+    return rows[d];
+  }
 };
 
 // c_rj = keep_r c_rj + sum_d a_rd b_dj for `rows` rows and vecs * W columns from j; without `keep`, c starts at zero.
@@ -247,8 +272,10 @@ DEPTHPRUNE_INLINE void multiply(
 // c_rj = sum_d a_rd b_jd: b in rows of memory, not transposed. `columns` is a multiple of 4.
 template <int W, int rows, typename T>
 DEPTHPRUNE_INLINE void dot_rows(
-    const float* a, int64_t a_stride, const T* const* b, int64_t depth, int64_t columns, float* c, int64_t c_stride) {
+    const float* a, int64_t a_stride, const T* const* b, int64_t depth, int64_t columns, float* c, int64_t c_stride,
+    const Ahead<T>& ahead) {
   for (int64_t j = 0; j < columns; j += 4) {
+    for (int64_t i = j; i < j + 4; ++i) ahead.ask(i);
     Vec<W> sums[rows][4];
     DEPTHPRUNE_UNROLL
     for (int r = 0; r < rows; ++r) {
@@ -271,18 +298,18 @@ DEPTHPRUNE_INLINE void dot_rows(
 template <int W, typename T>
 DEPTHPRUNE_INLINE void dot(
     int64_t rows, const float* a, int64_t a_stride, const T* const* b, int64_t depth, int64_t columns, float* c,
-    int64_t c_stride) {
-  for (int64_t r = 0; r < rows;) {
+    int64_t c_stride, Ahead<T> ahead) {
+  for (int64_t r = 0; r < rows; ahead.count = 0) {
     const float* first = a + r * a_stride;
     float* out = c + r * c_stride;
     if (rows - r >= 3) {
-      dot_rows<W, 3>(first, a_stride, b, depth, columns, out, c_stride);
+      dot_rows<W, 3>(first, a_stride, b, depth, columns, out, c_stride, ahead);
       r += 3;
     } else if (rows - r == 2) {
-      dot_rows<W, 2>(first, a_stride, b, depth, columns, out, c_stride);
+      dot_rows<W, 2>(first, a_stride, b, depth, columns, out, c_stride, ahead);
       r += 2;
     } else {
-      dot_rows<W, 1>(first, a_stride, b, depth, columns, out, c_stride);
+      dot_rows<W, 1>(first, a_stride, b, depth, columns, out, c_stride, ahead);
       r += 1;
     }
   }
