@@ -12,6 +12,7 @@
 #include "cpu/activation.h"
 #include "cpu/arguments.h"
 #include "cpu/exp.h"
+#include "cpu/features.h"
 #include "cpu/linear_op.h"
 #include "cpu/simd.h"
 
@@ -34,15 +35,20 @@ DEPTHPRUNE_INLINE void silu_mul_as(const void* gates, const void* ups, void* out
   }
 }
 
-}  // namespace
-
 // The dtype switch is inside the clones: a template cannot be cloned.
-DEPTHPRUNE_CLONES void silu_mul_row(const void* gate, const void* up, void* out, int64_t size, Dtype dtype) {
+DEPTHPRUNE_CLONES void silu_mul_any(const void* gate, const void* up, void* out, int64_t size, Dtype dtype) {
   switch (dtype) {
     case Dtype::bfloat16: return silu_mul_as<BFloat16>(gate, up, out, size);
     case Dtype::float16: return silu_mul_as<Float16>(gate, up, out, size);
     default: return silu_mul_as<Float32>(gate, up, out, size);
   }
+}
+
+}  // namespace
+
+void silu_mul_row(const void* gate, const void* up, void* out, int64_t size, Dtype dtype) {
+  if (dtype == Dtype::bfloat16 && level() >= Level::avx512) return silu_mul_avx512(gate, up, out, size);
+  silu_mul_any(gate, up, out, size, dtype);
 }
 
 at::Tensor silu_mul(const at::Tensor& gate_up) {  // [T, 2F] -> [T, F]

@@ -26,7 +26,8 @@ struct QuantizedWeight {
   int64_t runs() const { return padded() / kRun; }
 };
 
-// A packed token: K' codes, then a scale (float) and minus the sum of codes (int32) for each run.
+// A packed token: K' codes, then a scale (float) and minus the sum of codes (int32) for each run; where all zero points
+// are 2^(bits - 1), times that.
 inline int64_t packed_bytes(const QuantizedWeight& weight) { return weight.padded() + weight.runs() * 8; }
 
 struct QuantizedLinear {

@@ -55,7 +55,7 @@ struct Avx2 {
     constexpr int offset = bits == 8 ? 128 : 0;
     for (int i = 0; i < 2; ++i) {
       if constexpr (symmetric) {
-        sum[i] = _mm256_set1_epi32(minus * ((1 << (bits - 1)) - offset));
+        sum[i] = _mm256_set1_epi32((minus >> (bits - 1)) * ((1 << (bits - 1)) - offset));
       } else {
         const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * i));
         const __m256i wide = _mm256_sub_epi32(_mm256_cvtepu8_epi32(eight), _mm256_set1_epi32(offset));

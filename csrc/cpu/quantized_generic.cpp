@@ -48,7 +48,7 @@ struct Plain {
 
   template <int bits, bool symmetric>
   static void start(int32_t minus, const uint8_t* zeros, Int (&sum)[1]) {
-    for (int r = 0; r < kPanelRows; ++r) sum[0].rows[r] = minus * (symmetric ? 1 << (bits - 1) : zeros[r]);
+    for (int r = 0; r < kPanelRows; ++r) sum[0].rows[r] = symmetric ? minus : minus * zeros[r];
   }
 
   static Scales scales(const uint16_t* from) {
@@ -68,9 +68,9 @@ struct Plain {
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, to nearest even
 
-// One run: codes, scale and minus the sum of codes. Inputs that are not finite make the scale NaN, and so the outputs.
+// One run: codes, scale and minus the sum of codes times `zero`. Inputs that are not finite make the scale NaN, and so the outputs.
 template <typename X>
-DEPTHPRUNE_INLINE void pack_run(const typename X::storage* x, int8_t* codes, float* scale, int32_t* minus) {
+DEPTHPRUNE_INLINE void pack_run(const typename X::storage* x, int8_t* codes, float* scale, int32_t* minus, int32_t zero) {
   float wide[kRun];
   uint32_t largest = 0;
   for (int i = 0; i < kRun; ++i) wide[i] = X::widen(x[i]);
@@ -90,7 +90,7 @@ DEPTHPRUNE_INLINE void pack_run(const typename X::storage* x, int8_t* codes, flo
     std::memset(codes, 0, kRun);
   }
   *scale = usable ? magnitude / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  *minus = -sum;
+  *minus = -sum * zero;
 }
 
 template <typename X>
@@ -100,13 +100,14 @@ DEPTHPRUNE_INLINE void pack_as(const void* row, const QuantizedWeight& weight, c
   auto* codes = reinterpret_cast<int8_t*>(packed);
   auto* scales = reinterpret_cast<float*>(packed + weight.padded());
   auto* minus = reinterpret_cast<int32_t*>(packed + weight.padded() + weight.runs() * 4);
+  const int32_t zero = weight.zeros == nullptr ? 1 << (weight.bits - 1) : 1;
   const int64_t whole = weight.in_features / kRun;
-  for (int64_t r = 0; r < whole; ++r) pack_run<X>(x + r * kRun, codes + r * kRun, scales + r, minus + r);
+  for (int64_t r = 0; r < whole; ++r) pack_run<X>(x + r * kRun, codes + r * kRun, scales + r, minus + r, zero);
   for (int64_t r = whole; r < weight.runs(); ++r) {
     T rest[kRun] = {};
     const int64_t left = weight.in_features - r * kRun;
     if (left > 0) std::memcpy(rest, x + r * kRun, left * sizeof(T));
-    pack_run<X>(rest, codes + r * kRun, scales + r, minus + r);
+    pack_run<X>(rest, codes + r * kRun, scales + r, minus + r, zero);
   }
 }
 

@@ -10,7 +10,7 @@
 //   kStreamed, kAhead           most tokens with panels read one by one; bytes that these prefetch ahead
 //   Int, Float                  a register of integer or float sums
 //   Codes<bits>                 one tile [16, 4] of 4-bit pairs or of 8-bit codes, ready to be multiplied
-//   start<bits>(sum, zeros)     integer sum to begin with, from minus the sum of a run's inputs
+//   start<bits>(sum, zeros)     integer sum to begin with, from what a run's packed inputs say
 //   add, finish                 sum += codes * inputs;  total += scale * x_scale * sum
 
 template <typename V, int bits, bool symmetric, int R, int S>

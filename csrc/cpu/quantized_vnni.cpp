@@ -46,7 +46,7 @@ struct Vnni {
   template <int bits, bool symmetric>
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void start(int32_t minus, const uint8_t* zeros, Int (&sum)[1]) {
     if constexpr (symmetric) {
-      sum[0] = _mm512_set1_epi32(minus * (1 << (bits - 1)));
+      sum[0] = _mm512_set1_epi32(minus);
     } else {
       const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
       sum[0] = _mm512_mullo_epi32(wide, _mm512_set1_epi32(minus));
