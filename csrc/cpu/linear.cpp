@@ -65,10 +65,22 @@ void check_linear(
       c10::str(bias->scalar_type(), " ", bias->device()));
 }
 
-namespace {
-
-// t, or a dense copy where its last dimension is strided.
 at::Tensor with_rows(const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
+
+Gemm gemm_job(const at::Tensor& x, const at::Tensor& bias, at::Tensor& out, bool gated) {
+  Gemm job{};
+  job.x = static_cast<const uint16_t*>(x.const_data_ptr());
+  job.bias = bias.defined() ? static_cast<const uint16_t*>(bias.const_data_ptr()) : nullptr;
+  job.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+  job.tokens = x.size(0);
+  job.in_features = x.size(1);
+  job.out_features = out.size(1);
+  job.x_stride = x.stride(0);
+  job.gated = gated;
+  return job;
+}
+
+namespace {
 
 // x in the format of `kernel`: itself where it already is, else a copy with rows padded with zeros, in `packed`.
 void set_input(Linear& linear, const LinearKernel& kernel, const at::Tensor& x, at::Tensor& packed) {
@@ -101,16 +113,7 @@ std::optional<at::Tensor> many_tokens(
   const at::Tensor inputs = with_rows(x);
   const at::Tensor weights = with_rows(weight);
   const at::Tensor offsets = bias ? bias->contiguous() : at::Tensor();
-  Gemm job{};
-  job.x = static_cast<const uint16_t*>(inputs.const_data_ptr());
-  job.bias = bias ? static_cast<const uint16_t*>(offsets.const_data_ptr()) : nullptr;
-  job.out = static_cast<uint16_t*>(out.mutable_data_ptr());
-  job.tokens = x.size(0);
-  job.in_features = x.size(1);
-  job.out_features = out.size(1);
-  job.x_stride = inputs.stride(0);
-  job.gated = gated;
-  run_gemm(job, GemmRows{static_cast<const uint16_t*>(weights.const_data_ptr()), weights.stride(0)});
+  run_gemm(gemm_job(inputs, offsets, out, gated), GemmRows{static_cast<const uint16_t*>(weights.const_data_ptr()), weights.stride(0)});
   return out;
 }
 

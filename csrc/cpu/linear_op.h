@@ -5,6 +5,8 @@
 
 #include <optional>
 
+#include "cpu/gemm.h"
+
 namespace depthprune {
 
 // ValueError unless x [T, K], weight [N, K] and bias [N] fit together.
@@ -12,6 +14,12 @@ void check_linear(
     const char* op, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+
+// t [M, N], or a dense copy where its last dimension is strided.
+at::Tensor with_rows(const at::Tensor& t);
+
+// The product of x [T, K] in bfloat16, with_rows; bias: contiguous, or undefined; out: dense.
+Gemm gemm_job(const at::Tensor& x, const at::Tensor& bias, at::Tensor& out, bool gated);
 
 at::Tensor silu_mul(const at::Tensor& gate_up);
 

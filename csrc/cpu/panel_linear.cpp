@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "cpu/gemm.h"
+#include "cpu/linear_op.h"
 
 namespace depthprune {
 namespace {
@@ -45,18 +46,9 @@ at::Tensor panel_linear(
   }
   at::Tensor out = at::empty({x.size(0), gated ? out_features / 2 : out_features}, x.options());
   if (out.numel() == 0) return out;
-  const at::Tensor inputs = x.size(1) == 1 || x.stride(1) == 1 ? x : x.contiguous();
+  const at::Tensor inputs = with_rows(x);
   const at::Tensor offsets = bias ? bias->contiguous() : at::Tensor();
-  Gemm job{};
-  job.x = static_cast<const uint16_t*>(inputs.const_data_ptr());
-  job.bias = bias ? static_cast<const uint16_t*>(offsets.const_data_ptr()) : nullptr;
-  job.out = static_cast<uint16_t*>(out.mutable_data_ptr());
-  job.tokens = x.size(0);
-  job.in_features = x.size(1);
-  job.out_features = out.size(1);
-  job.x_stride = inputs.stride(0);
-  job.gated = gated;
-  run_gemm(job, static_cast<const uint32_t*>(panels.const_data_ptr()));
+  run_gemm(gemm_job(inputs, offsets, out, gated), static_cast<const uint32_t*>(panels.const_data_ptr()));
   return out;
 }
 
@@ -66,7 +58,7 @@ void pack_panels(const at::Tensor& weight, at::Tensor& panels) {  // [N, K], [P,
       weight.dim() == 2 && weight.scalar_type() == at::kBFloat16, op, "weight", "shape [N, K] in bfloat16",
       c10::str(weight.sizes(), " ", weight.scalar_type()));
   check_panels(op, panels, weight.size(0), weight.size(1));
-  const at::Tensor rows = weight.size(1) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
+  const at::Tensor rows = with_rows(weight);
   const auto* from = static_cast<const uint16_t*>(rows.const_data_ptr());
   auto* to = static_cast<uint32_t*>(panels.mutable_data_ptr());
   const int64_t count = rows.size(0), in_features = rows.size(1), stride = rows.stride(0);
