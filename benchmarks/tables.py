@@ -91,6 +91,10 @@ def _score(row: Mapping[str, Any]) -> str:
     return "" if row["zero_shot"] is None else f"{row['zero_shot'][0]:.1f} ± {row['zero_shot'][1]:.1f}"
 
 
+def _score_of(row: Row) -> str:
+    return _score({"zero_shot": zero_shot(row)})
+
+
 def quality_table() -> str:
     lines = []
     rows = [r for r in quality_rows() if r["variant"] in MAIN]
@@ -134,11 +138,12 @@ def ablation_table() -> str:
 
 
 def seeds_table() -> str:
-    """Spread over calibration seeds and texts of the repaired methods."""
-    rows = last(
-        [r for r in read("quality") if r["repair"] == "ridge" and r["variant"] in MAIN],
-        "variant", "blocks_fewer", "calibration", "seed",
-    )  # fmt: skip
+    """Spread over calibration seeds and texts of the repaired methods, beside the methods as printed."""
+    every = [r for r in read("quality") if r["variant"] in MAIN]
+    rows = last([r for r in every if r["repair"] == "ridge"], "variant", "blocks_fewer", "calibration", "seed")
+    printed = last(
+        [r for r in every if r["repair"] == "none" and r["seed"] == "0"], "variant", "blocks_fewer", "calibration"
+    )
     groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows.values():
         groups.setdefault((row["variant"], int(row["blocks_fewer"]), row["calibration"]), []).append(row)
@@ -147,12 +152,15 @@ def seeds_table() -> str:
         if len(found) > 1 or text != "wikitext2":
             values = [float(r["perplexity"]) for r in found]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            scored = next((score for r in found if (score := zero_shot(r)) is not None), None)
-            accuracy = "" if scored is None else f"{scored[0]:.1f} ± {scored[1]:.1f}"
-            lines.append(
-                [str(blocks), variant, text, str(len(found)), f"{statistics.mean(values):.2f}{spread}", accuracy]
-            )
-    heads = ("blocks fewer", "method, repaired", "calibration text", "seeds", "perplexity", "zero-shot")
+            accuracy = next((_score_of(r) for r in found if _score_of(r)), "")
+            plain = printed.get((variant, str(blocks), text))
+            before = ["", ""] if plain is None else [f"{float(plain['perplexity']):.2f}", _score_of(plain)]
+            average = f"{statistics.mean(values):.2f}{spread}"
+            lines.append([str(blocks), variant, text, str(len(found)), average, accuracy, *before])
+    heads = (
+        "blocks fewer", "method", "calibration text", "seeds", "perplexity, repaired", "zero-shot",
+        "perplexity, as printed", "zero-shot",
+    )  # fmt: skip
     return markdown(heads, lines)
 
 
