@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -117,8 +118,25 @@ def reference(case: Case) -> Tensor:
     return REFERENCES["paged_attention"](*case.args[:3], tables, *case.args[4:])
 
 
+def baseline(case: Case, truth: Tensor) -> Tensor:
+    """Plain torch, the worse of two orders of summation at each element.
+
+    With an outlier channel, half a rounding step of one score moves an output further than the rule allows for, and
+    either order may be lucky: at the seed of the next test torch errs by 2.6e-6 one way and by 9.1e-6 the other.
+    """
+    order = torch.arange(case.q.shape[-1]).flip(0)
+    turned = dataclasses.replace(case, q=case.q[..., order], k_cache=case.k_cache[..., order])
+    one, other = reference(case), reference(turned)
+    return torch.where((one.double() - truth).abs() >= (other.double() - truth).abs(), one, other)
+
+
 def check(case: Case) -> None:
-    assert_as_accurate(paged_attention(*case.args), reference(case), case.truth())
+    truth = case.truth().double()
+    assert_as_accurate(paged_attention(*case.args), baseline(case, truth), truth)
+
+
+def test_a_seed_at_which_one_order_of_summation_is_lucky() -> None:
+    check(build([(2, 65), (2, 532), (1, 531)], (9, 3, 64), 1, torch.float32, 0, 2048))
 
 
 def test_the_extension_serves_the_cpu() -> None:
