@@ -66,6 +66,14 @@ def test_bfloat16_projections_lie_in_panels(tmp_path, tied, monkeypatch):
     assert len(tokens) == 6
 
 
+def test_plain_pages_where_the_system_gives_no_huge_ones(monkeypatch):
+    monkeypatch.setattr("depthprune_runtime.huge_pages.huge_pages_available", lambda: False)
+    tensors = [torch.randn(3, 5), torch.randn(64, 64).bfloat16()]
+    pages = HugePages(sum(HugePages.room(t.nbytes) for t in tensors))
+    copies = [pages.copy(t) for t in tensors]
+    assert all(torch.equal(a, b) and a.data_ptr() % 64 == 0 for a, b in zip(copies, tensors, strict=True))
+
+
 @needs_huge_pages
 def test_the_memory_is_private_and_asks_for_huge_pages():
     tensor = HugePages(8 << 20).empty((8 << 20,), torch.uint8).fill_(1)

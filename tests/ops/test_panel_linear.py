@@ -14,6 +14,7 @@ from torch import Tensor
 
 from depthprune_runtime import ops
 from depthprune_runtime.ops import implementations
+from depthprune_runtime.ops._weight import check_packed, pack
 from depthprune_runtime.panels import PanelWeight, from_panels, panel_shape, panels_pay, to_panels
 
 _C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
@@ -131,6 +132,15 @@ def test_packing(shape: tuple[int, int], level: str) -> None:
 def test_no_tokens(level: str) -> None:
     weight = packed(draw(48, 40, seed=12))
     assert torch.equal(ops.panel_linear(draw(0, 40, seed=11), weight), torch.empty(0, 48, dtype=torch.bfloat16))
+
+
+def test_the_fused_ops_take_panels_on_the_cpu_and_their_gpu_kernels_refuse_them() -> None:
+    x, residual, weight = draw(3, 40, seed=18), draw(3, 48, seed=19), packed(draw(48, 40, seed=20))
+    expected = residual + ops.panel_linear(x, weight)
+    ops.linear_add(x, residual, weight)
+    assert torch.equal(residual, expected)
+    with pytest.raises(ValueError, match="linear_add: expected a weight in rows or quantised, got panels"):
+        check_packed("linear_add", x, *pack(weight), None)
 
 
 def test_opcheck() -> None:
