@@ -2,7 +2,7 @@
 
 The reference is registered under CompositeExplicitAutograd, so it serves every device that has no
 implementation of its own and is the oracle of every test. C++ (csrc) and Triton (kernels) register
-under CPU or CUDA and override it. `torch.library.custom_op` would cost 18 us a call against 10.
+under CPU or CUDA and override it.
 """
 
 from __future__ import annotations
