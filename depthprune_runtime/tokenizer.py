@@ -20,6 +20,7 @@ from depthprune_runtime.checkpoint.base import (
     Checkpoint,
 )
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.heap import return_free_heap
 
 
 def _json_asset(assets: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(assets[TOKENIZER_FILE].decode())
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{checkpoint.name}: its {TOKENIZER_FILE} cannot be read: {error}") from error
+        return_free_heap()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._config = _json_asset(assets, TOKENIZER_CONFIG_FILE)

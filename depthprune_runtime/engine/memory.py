@@ -1,11 +1,7 @@
-"""How much memory the KV cache may take: `kv_memory` as users give it, in bytes and kv_blocks.
-
-And `return_free_heap`, for what loading a model leaves behind.
-"""
+"""How much memory the KV cache may take: `kv_memory` as users give it, in bytes and kv_blocks."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from pathlib import Path
@@ -42,16 +38,6 @@ def free_memory(device: torch.device) -> int | None:
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
         found.append(max(0, int(text) - int(used.read_text())))
     return min(found)
-
-
-def return_free_heap() -> None:
-    """Give the system what the C heap holds free, where the C library can (glibc).
-
-    A tokenizer's parser frees many times its file's size in small pieces, which the heap would keep for good.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def kv_bytes(memory: KVMemory, device: torch.device) -> int:

@@ -14,7 +14,7 @@ from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.engine.engine import KV_BLOCK_SIZE, Engine
 from depthprune_runtime.engine.inputs import Inputs, Prompt, RequestGroup, listed
 from depthprune_runtime.engine.kv_cache import kv_blocks_needed
-from depthprune_runtime.engine.memory import default_kv_memory, free_memory, kv_block_bytes, return_free_heap
+from depthprune_runtime.engine.memory import default_kv_memory, free_memory, kv_block_bytes
 from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, RequestOutputs, StreamChunk
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.weights import decoder_weights
@@ -44,7 +44,6 @@ class Runtime:
         self.tokenizer: Tokenizer | None = None
         if "tokenizer.json" in checkpoint.assets:
             self.tokenizer = Tokenizer(checkpoint)
-            return_free_heap()
         self._inputs = Inputs(self.name, self.spec, self.tokenizer, generation_config(checkpoint))
         self.default_sampling_params = self._inputs.default_sampling_params
         self.decoder = Decoder(self.spec, decoder_weights(checkpoint, device, dtype, mmap), device, dtype)

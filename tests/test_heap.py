@@ -1,4 +1,4 @@
-"""Memory beside weights and KV cache."""
+"""The C heap after a tokenizer was parsed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from depthprune_runtime.engine.memory import return_free_heap
+from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.heap import return_free_heap
+from depthprune_runtime.tokenizer import Tokenizer
 
 
 def resident() -> int:
@@ -29,5 +31,14 @@ def test_free_heap_goes_back_to_the_system():
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    asked = []
+    monkeypatch.setattr(ctypes, "CDLL", asked.append)  # gives None, which has no such function
     return_free_heap()
+    assert asked == [None]
+
+
+def test_a_tokenizer_gives_back_what_its_parser_left(pico_file, monkeypatch):
+    calls = []
+    monkeypatch.setattr("depthprune_runtime.tokenizer.return_free_heap", lambda: calls.append(True))
+    Tokenizer(open_checkpoint(pico_file))
+    assert calls == [True]
