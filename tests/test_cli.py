@@ -166,10 +166,15 @@ def test_missing_tokenizer(pico_llama, tmp_path, capsys):
 
 
 def command(*args, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "depthprune_runtime.cli", *map(str, args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
+    # A shell's background job (`make test &`) ignores SIGINT, and would hand that down.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "depthprune_runtime.cli", *map(str, args)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
