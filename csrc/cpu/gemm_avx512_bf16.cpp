@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "cpu/simd.h"
 
@@ -27,6 +28,8 @@ namespace {
 #include "cpu/transpose16.h"
 
 constexpr int kStreamedTokens = 16;
+constexpr int64_t kPage = 4096, kLine = 64;  // bytes: of all sets of a first-level cache, of a line
+constexpr int64_t kLines = 8;                // of a set
 constexpr int64_t kAhead = 4096;  // bytes from a streamed register to what is asked for
 constexpr int kVectors = 3;
 constexpr int kTokens = 8;
@@ -46,7 +49,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_pair(
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const uint32_t* from = panels[v] + k * kGemmRows;
-    if constexpr (stream) _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+    if constexpr (stream) _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, S > 4 ? _MM_HINT_T1 : _MM_HINT_T0);
     columns[v] = (__m512bh)_mm512_loadu_si512(from);
   }
 #pragma GCC unroll 16
@@ -120,11 +123,32 @@ DEPTHPRUNE_TARGET void outputs(
   }
 }
 
+// More tokens than a cache set has lines, a multiple of a page apart: none of them would stay in the first level.
+bool collides(const Gemm& gemm) { return gemm.tokens > kLines && gemm.x_stride * 2 % kPage == 0; }
+
+void run(
+    const Gemm& gemm, const uint32_t* panels, const uint32_t* ups, int64_t first, int64_t last, int64_t begin,
+    int64_t end);
+
+// All tokens with their inputs copied, each a cache line further from the one before.
+void run_apart(Gemm gemm, const uint32_t* panels, const uint32_t* ups, int64_t first, int64_t last) {
+  thread_local std::vector<uint16_t> apart;
+  const int64_t stride = gemm.in_features + kLine / 2;
+  apart.resize(std::max<size_t>(apart.size(), gemm.tokens * stride));
+  for (int64_t t = 0; t < gemm.tokens; ++t) {
+    std::memcpy(apart.data() + t * stride, gemm.x + t * gemm.x_stride, gemm.in_features * 2);
+  }
+  gemm.x = apart.data();
+  gemm.x_stride = stride;
+  run(gemm, panels, ups, first, last, 0, gemm.tokens);
+}
+
 void run(
     const Gemm& gemm, const uint32_t* panels, const uint32_t* ups, int64_t first, int64_t last, int64_t begin,
     int64_t end) {
   const Place place{panels, ups, gemm.panel_words()};
   if (end - begin <= kStreamedTokens) {
+    if (gemm.tokens == end - begin && !gemm.gated && collides(gemm)) return run_apart(gemm, panels, ups, first, last);
     gemm.gated ? outputs<2, true, kStreamedTokens / 2, true>(gemm, place, first, last, begin, end)
                : outputs<1, false, kStreamedTokens, true>(gemm, place, first, last, begin, end);
   } else {

@@ -7,8 +7,10 @@
 
 #if defined(__GNUC__)
 #define DEPTHPRUNE_PREFETCH(address) __builtin_prefetch(address)
+#define DEPTHPRUNE_PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
 #else
 #define DEPTHPRUNE_PREFETCH(address) static_cast<void>(address)
+#define DEPTHPRUNE_PREFETCH_L2(address) static_cast<void>(address)
 #endif
 
 namespace depthprune {

@@ -13,6 +13,16 @@
 //   start<bits>(sum, zeros)     integer sum to begin with, from what a run's packed inputs say
 //   add, finish                 sum += codes * inputs;  total += scale * x_scale * sum
 
+// Several tokens leave a core too few first-level misses to wait for memory with: their weights go to the second level.
+template <typename V, int S>
+DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void prefetch_ahead(const uint8_t* from) {
+  if constexpr (S > 4) {
+    DEPTHPRUNE_PREFETCH_L2(from + V::kAhead);
+  } else {
+    DEPTHPRUNE_PREFETCH(from + V::kAhead);
+  }
+}
+
 template <typename V, int bits, bool symmetric, int R, int S>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_run(
     const QuantizedLinear& linear, const uint8_t* codes, int64_t panel_bytes, int64_t scale_offset, int64_t run,
@@ -37,7 +47,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_run(
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = codes + r * panel_bytes + i * 64;
-      if constexpr (S <= V::kStreamed) DEPTHPRUNE_PREFETCH(from + V::kAhead);
+      if constexpr (S <= V::kStreamed) prefetch_ahead<V, S>(from);
       tile[r].load(from);
     }
 #pragma GCC unroll 8
@@ -103,6 +113,7 @@ DEPTHPRUNE_TARGET void block(const QuantizedLinear& linear, int64_t panel, int64
   int64_t run = 0;
   for (int64_t g = 0; g < weight.groups; ++g) {
     const int64_t scale_offset = (panel * weight.groups + g) * kPanelRows;
+    if constexpr (S <= V::kStreamed) DEPTHPRUNE_PREFETCH(weight.scales + scale_offset + V::kScalesAhead);
     for (int64_t i = 0; i < runs_per_group; ++i, ++run) {
       add_run<V, bits, symmetric, R, S>(
           linear, codes + run * kRun * kPanelRows * bits / 8, panel_bytes, scale_offset, run, x, x_stride, totals);

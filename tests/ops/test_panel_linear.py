@@ -96,6 +96,17 @@ def test_a_token_depends_on_nothing_but_itself(size: int, gated: bool, level: st
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("tokens", [9, 16])
+def test_tokens_a_page_apart(tokens: int, level: str) -> None:
+    """Rows of 2048 and 4096 elements meet in the same cache lines, and are moved apart: nothing else changes."""
+    for size in (2048, 4096):
+        x, weight, bias = draw(tokens, size, seed=10), packed(draw(48, size, seed=11)), draw(48, seed=12)
+        elsewhere = torch.full((tokens, size + 8), torch.nan, dtype=torch.bfloat16)[:, :size].copy_(x)
+        found = ops.panel_linear(x, weight, bias)
+        assert torch.equal(found, ops.panel_linear(elsewhere, weight, bias))
+        assert torch.equal(found[-1:], ops.panel_linear(x[-1:], weight, bias))
+
+
 def test_what_lies_beside_is_not_read(level: str) -> None:
     for tokens in (3, 70):
         wide = torch.full((tokens, 90), torch.nan, dtype=torch.bfloat16)
