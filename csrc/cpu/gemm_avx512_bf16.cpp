@@ -30,7 +30,7 @@ namespace {
 constexpr int kStreamedTokens = 16;
 constexpr int64_t kPage = 4096, kLine = 64;  // bytes: of all sets of a first-level cache, of a line
 constexpr int64_t kLines = 8;                // of a set
-constexpr int64_t kAhead = 4096;  // bytes from a streamed register to what is asked for
+constexpr int64_t kAhead = 4096;             // bytes from a streamed register to what is asked for
 constexpr int kVectors = 3;
 constexpr int kTokens = 8;
 constexpr int kGatedVectors = 4;

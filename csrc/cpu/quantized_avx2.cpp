@@ -25,7 +25,6 @@ struct Avx2 {
   static constexpr int kTokens = 3;  // 6 integer and 6 float sums of 16 registers
   static constexpr int kStreamed = 2;
   static constexpr int64_t kAhead = 1024;
-  static constexpr int64_t kScalesAhead = 256;
   using Int = __m256i;
   using Float = __m256;
   struct Scales {

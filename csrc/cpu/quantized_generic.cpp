@@ -21,7 +21,6 @@ struct Plain {
   static constexpr int kTokens = 2;
   static constexpr int kStreamed = 1;
   static constexpr int64_t kAhead = 256;
-  static constexpr int64_t kScalesAhead = 256;
   struct Int {
     int32_t rows[kPanelRows];
   };

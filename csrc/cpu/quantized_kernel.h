@@ -113,7 +113,6 @@ DEPTHPRUNE_TARGET void block(const QuantizedLinear& linear, int64_t panel, int64
   int64_t run = 0;
   for (int64_t g = 0; g < weight.groups; ++g) {
     const int64_t scale_offset = (panel * weight.groups + g) * kPanelRows;
-    if constexpr (S <= V::kStreamed) DEPTHPRUNE_PREFETCH(weight.scales + scale_offset + V::kScalesAhead);
     for (int64_t i = 0; i < runs_per_group; ++i, ++run) {
       add_run<V, bits, symmetric, R, S>(
           linear, codes + run * kRun * kPanelRows * bits / 8, panel_bytes, scale_offset, run, x, x_stride, totals);

@@ -28,7 +28,6 @@ struct Vnni {
   static constexpr int kTokens = 6;  // 12 integer and 12 float sums of 32 registers
   static constexpr int kStreamed = 8;
   static constexpr int64_t kAhead = 4096;
-  static constexpr int64_t kScalesAhead = 256;
   using Int = __m512i;
   using Float = __m512;
   using Scales = __m512;
