@@ -49,6 +49,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_pair(
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const uint32_t* from = panels[v] + k * kGemmRows;
+    // Which level: as prefetch_ahead of quantized_kernel.h.
     if constexpr (stream) _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, S > 4 ? _MM_HINT_T1 : _MM_HINT_T0);
     columns[v] = (__m512bh)_mm512_loadu_si512(from);
   }
