@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "cpu/arguments.h"
+#include "cpu/decode_ahead.h"
 #include "cpu/decode_step.h"
 
 namespace depthprune {
@@ -180,9 +181,7 @@ class Step {
       const at::Tensor& context_lens,  // [T]
       const Tensors& cos_sin) {        // [S, 2, D/2] each -> [T, V]
     const DecoderWeights& weights = step_.weights();
-    const int64_t tokens = ids.size(0);
-    DEPTHPRUNE_CHECK(
-        tokens > 0 && tokens <= max_tokens(), kOp, "ids", c10::str("1 to ", max_tokens(), " tokens"), tokens);
+    const int64_t tokens = count_of(ids);
     StepInputs inputs{};
     inputs.tokens = tokens;
     inputs.ids = integers("ids", ids, {tokens});
@@ -193,13 +192,7 @@ class Step {
     inputs.block_tables = integers("block_tables", block_tables, {tokens, inputs.table_width});
     inputs.context_lens = integers("context_lens", context_lens, {tokens});
     check_values("ids", inputs.ids, tokens, weights.embedding.out_features);
-    for (const at::Tensor& table : cos_sin) {
-      DEPTHPRUNE_CHECK(
-          table.dim() == 3 && table.scalar_type() == at::kFloat && table.is_contiguous() && table.is_cpu(), kOp,
-          "cos_sin", "shape [S, 2, D/2], dtype Float, dense, device cpu", table.sizes());
-      check_values("positions", inputs.positions, tokens, table.size(0));
-      inputs.cos_sin.push_back(table.const_data_ptr<float>());
-    }
+    inputs.cos_sin = tables_of(cos_sin, inputs.positions, tokens, 0);
     const AttentionLayer* checked = nullptr;
     for (const auto& layer : weights.layers) {
       const auto* attention = std::get_if<AttentionLayer>(&layer);
@@ -208,7 +201,8 @@ class Step {
       // All sub-layers have the same kv_blocks as a rule: then the first pays for the loop.
       if (checked == nullptr || checked->num_kv_blocks != attention->num_kv_blocks ||
           checked->kv_block_size != attention->kv_block_size) {
-        check_places(*attention, inputs);
+        check_values("slots", inputs.slots, tokens, attention->num_kv_blocks * attention->kv_block_size);
+        check_contexts(*attention, inputs.block_tables, inputs.table_width, inputs.context_lens, tokens);
       }
       checked = attention;
     }
@@ -217,7 +211,76 @@ class Step {
     return logits;
   }
 
+  at::Tensor ahead(
+      const at::Tensor& ids,           // [T]
+      const at::Tensor& positions,     // [T]
+      const at::Tensor& block_tables,  // [T, M], with room for all steps
+      const Tensors& cos_sin,          // [S, 2, D/2] each
+      const at::Tensor& stop_ids,      // [T, E], padded with -1
+      int64_t steps,
+      double seconds) {  // -> [steps that were made, T]
+    const DecoderWeights& weights = step_.weights();
+    const int64_t tokens = count_of(ids);
+    DEPTHPRUNE_CHECK(steps >= 1, kOp, "steps", "at least 1", steps);
+    DEPTHPRUNE_CHECK(block_tables.dim() == 2, kOp, "block_tables", "shape [T, M]", block_tables.sizes());
+    DEPTHPRUNE_CHECK(stop_ids.dim() == 2, kOp, "stop_ids", "shape [T, E]", stop_ids.sizes());
+    AheadInputs inputs{};
+    inputs.tokens = tokens;
+    inputs.ids = integers("ids", ids, {tokens});
+    inputs.positions = integers("positions", positions, {tokens});
+    inputs.table_width = block_tables.size(1);
+    inputs.block_tables = integers("block_tables", block_tables, {tokens, inputs.table_width});
+    inputs.stop_width = stop_ids.size(1);
+    inputs.stop_ids = integers("stop_ids", stop_ids, {tokens, inputs.stop_width});
+    inputs.steps = steps;
+    inputs.seconds = seconds;
+    check_values("ids", inputs.ids, tokens, weights.embedding.out_features);
+    inputs.cos_sin = tables_of(cos_sin, inputs.positions, tokens, steps - 1);
+    int64_t num_kv_blocks = 0;
+    std::vector<int64_t> contexts(tokens);  // after the last step
+    for (int64_t t = 0; t < tokens; ++t) contexts[t] = inputs.positions[t] + steps;
+    for (const auto& layer : weights.layers) {
+      const auto* attention = std::get_if<AttentionLayer>(&layer);
+      if (attention == nullptr) continue;
+      check_table(*attention, cos_sin);
+      if (inputs.kv_block_size == 0) {
+        inputs.kv_block_size = attention->kv_block_size;
+        num_kv_blocks = attention->num_kv_blocks;
+        check_contexts(*attention, inputs.block_tables, inputs.table_width, contexts.data(), tokens);
+      }
+      DEPTHPRUNE_CHECK(
+          attention->kv_block_size == inputs.kv_block_size && attention->num_kv_blocks == num_kv_blocks, kOp,
+          "k_cache", "kv_blocks of one size and number",
+          c10::str(attention->num_kv_blocks, " of ", attention->kv_block_size));
+    }
+    at::Tensor found = at::empty({steps, tokens}, at::TensorOptions().dtype(at::kLong));
+    const int64_t made = decode_ahead(step_, inputs, at::get_num_threads(), found.mutable_data_ptr<int64_t>());
+    return found.narrow(0, 0, made);
+  }
+
  private:
+  // T, which must fit.
+  int64_t count_of(const at::Tensor& ids) const {
+    const int64_t tokens = ids.dim() == 1 ? ids.size(0) : 0;
+    DEPTHPRUNE_CHECK(
+        tokens > 0 && tokens <= max_tokens(), kOp, "ids", c10::str("1 to ", max_tokens(), " tokens"), ids.sizes());
+    return tokens;
+  }
+
+  // The rotary tables, which must hold each position and `more` after it.
+  static std::vector<const float*> tables_of(
+      const Tensors& cos_sin, const int64_t* positions, int64_t tokens, int64_t more) {
+    std::vector<const float*> found;
+    for (const at::Tensor& table : cos_sin) {
+      DEPTHPRUNE_CHECK(
+          table.dim() == 3 && table.scalar_type() == at::kFloat && table.is_contiguous() && table.is_cpu(), kOp,
+          "cos_sin", "shape [S, 2, D/2], dtype Float, dense, device cpu", table.sizes());
+      check_values("positions", positions, tokens, table.size(0) - more);
+      found.push_back(table.const_data_ptr<float>());
+    }
+    return found;
+  }
+
   static void check_table(const AttentionLayer& layer, const Tensors& cos_sin) {
     const bool there = layer.rotary >= 0 && layer.rotary < static_cast<int64_t>(cos_sin.size());
     DEPTHPRUNE_CHECK(
@@ -226,15 +289,16 @@ class Step {
         there ? c10::str(cos_sin[layer.rotary].sizes()) : c10::str(cos_sin.size(), " tables"));
   }
 
-  static void check_places(const AttentionLayer& layer, const StepInputs& inputs) {
-    check_values("slots", inputs.slots, inputs.tokens, layer.num_kv_blocks * layer.kv_block_size);
-    for (int64_t t = 0; t < inputs.tokens; ++t) {
-      const int64_t context = inputs.context_lens[t];
+  static void check_contexts(
+      const AttentionLayer& layer, const int64_t* block_tables, int64_t table_width, const int64_t* context_lens,
+      int64_t tokens) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t context = context_lens[t];
       DEPTHPRUNE_CHECK(
-          context >= 1 && context <= inputs.table_width * layer.kv_block_size, kOp, "context_lens",
-          c10::str("values from 1 to ", inputs.table_width * layer.kv_block_size), context);
+          context >= 1 && context <= table_width * layer.kv_block_size, kOp, "context_lens",
+          c10::str("values from 1 to ", table_width * layer.kv_block_size), context);
       const int64_t used = (context + layer.kv_block_size - 1) / layer.kv_block_size;
-      check_values("block_tables", inputs.block_tables + t * inputs.table_width, used, layer.num_kv_blocks);
+      check_values("block_tables", block_tables + t * table_width, used, layer.num_kv_blocks);
     }
   }
 
@@ -261,7 +325,8 @@ void bind_decode_step(py::module_& m) {
   py::class_<Step>(m, "DecodeStep")
       .def(py::init<const Builder&>())
       .def("max_tokens", &Step::max_tokens)
-      .def("run", &Step::run, py::call_guard<py::gil_scoped_release>());
+      .def("run", &Step::run, py::call_guard<py::gil_scoped_release>())
+      .def("ahead", &Step::ahead, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace depthprune

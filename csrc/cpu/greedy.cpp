@@ -1,4 +1,6 @@
 // The most likely token of each row, in one call. Contract: depthprune_runtime/ops/greedy.py.
+#include "cpu/greedy.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -52,6 +54,17 @@ DEPTHPRUNE_CLONES int64_t greedy_row(const void* row, int64_t size, Dtype dtype)
   }
 }
 
+}  // namespace
+
+void greedy_rows(const void* logits, int64_t stride, int64_t rows, int64_t size, Dtype dtype, int64_t* tokens) {
+  const auto* data = static_cast<const char*>(logits);
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) tokens[b] = greedy_row(data + b * stride, size, dtype);
+  });
+}
+
+namespace {
+
 at::Tensor greedy(const at::Tensor& logits) {  // [B, V] -> [B]
   constexpr const char* op = "greedy";
   DEPTHPRUNE_CHECK(logits.dim() == 2 && logits.size(1) > 0, op, "logits", "shape [B, V]", logits.sizes());
@@ -60,12 +73,8 @@ at::Tensor greedy(const at::Tensor& logits) {  // [B, V] -> [B]
   const at::Tensor rows = logits.stride(1) == 1 ? logits : logits.contiguous();
   at::Tensor out = at::empty({rows.size(0)}, rows.options().dtype(at::kLong));
   const Dtype dtype = dtype_of(rows.scalar_type());
-  const auto* data = static_cast<const char*>(rows.const_data_ptr());
   const int64_t stride = rows.stride(0) * size_of(dtype);
-  auto* tokens = out.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, kGrain / rows.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) tokens[b] = greedy_row(data + b * stride, rows.size(1), dtype);
-  });
+  greedy_rows(rows.const_data_ptr(), stride, rows.size(0), rows.size(1), dtype, out.mutable_data_ptr<int64_t>());
   return out;
 }
 

@@ -51,9 +51,9 @@ class Engine:
     memory; None is 0.9 of a GPU's, 0.5 of a CPU's. Never more is taken than `max_num_seqs` full contexts need.
     max_num_seqs: outputs running at once; max_num_batched_tokens: tokens computed in a step, prompts in chunks;
     max_waiting: outputs in the waiting queue, None for any number; enable_prefix_caching: reuse keys and values of
-    equal beginnings; decode_steps: tokens a request that a GPU may compute before the host looks at them, 1 to 16,
-    while none waits and all are greedy or sampled without filters, penalties and log-probabilities: their deltas come
-    in bursts of as many.
+    equal beginnings; decode_steps: tokens a request that may be computed before the engine looks at them, 1 to 16,
+    while none waits and all are greedy or (on a GPU) sampled without filters, penalties and log-probabilities: their
+    deltas come in bursts of as many. On a CPU a burst ends with the first request that does, and after 20 ms.
     """
 
     def __init__(
@@ -168,11 +168,10 @@ class Engine:
 
     def _compute(self, chunks: list[Chunk]) -> list[OutputDelta]:
         steps = self._steps_ahead(chunks)
-        tokens = None
         if steps > 1:
-            tokens = self._runner.run_ahead(chunks, [self._samplers[c.request.arrival] for c in chunks], steps)
-        if tokens is not None:
-            self._num_steps += steps
+            samplers = [self._samplers[c.request.arrival] for c in chunks]
+            tokens = self._runner.run_ahead(chunks, samplers, steps)
+            self._num_steps += len(tokens)
             return self._take_ahead(chunks, tokens.tolist())
         self._num_steps += 1
         logits = self._runner.run(chunks)
@@ -184,8 +183,9 @@ class Engine:
             return 1
         requests = [c.request for c in chunks]
         steps = min(self._decode_steps, *(r.max_new_tokens - r.num_output_tokens for r in requests))
-        plain = all(self._samplers[r.arrival].plain and r.params.logprobs is None for r in requests)
-        return steps if steps > 1 and plain and self._scheduler.reserve(chunks, steps) else 1
+        if steps <= 1 or not self._runner.may_run_ahead(requests, [self._samplers[r.arrival] for r in requests]):
+            return 1
+        return steps if self._scheduler.reserve(chunks, steps) else 1
 
     def _take_ahead(self, chunks: Sequence[Chunk], tokens: list[list[int]]) -> list[OutputDelta]:  # [steps][R]
         deltas = []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from depthprune_runtime.engine.decode_loop import MAX_STEPS, Rows, build_decode_loop
 from depthprune_runtime.engine.kv_cache import KVCache
+from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.sampler import RequestSampler
 from depthprune_runtime.engine.scheduler import Chunk
 from depthprune_runtime.model.batch import Batch, PagedContext
@@ -22,6 +23,8 @@ from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
 
 Ints = npt.NDArray[np.int64]
+
+AHEAD_SECONDS = 0.02  # on a CPU: how long a reader of the text or a new request may wait for the host
 
 
 class _SeatTables:
@@ -65,23 +68,45 @@ class Runner:
     @property
     def max_steps(self) -> int:
         """Most steps of `run_ahead`; 1 where the host is needed for every token."""
-        return 1 if self._loop is None else MAX_STEPS
+        return 1 if self._loop is None and self._step is None else MAX_STEPS
 
-    def run_ahead(self, chunks: Sequence[Chunk], samplers: Sequence[RequestSampler], steps: int) -> Ints | None:
-        """The next tokens, [steps, R], of requests with one token to compute and room for `steps` in their tables.
+    def may_run_ahead(self, requests: Sequence[Request], samplers: Sequence[RequestSampler]) -> bool:
+        """Whether `run_ahead` takes the batch: on a CPU greedy requests, whose ends do not hang on their text."""
+        if not all(s.plain and s.params.logprobs is None for s in samplers):
+            return False
+        if self._loop is not None:
+            return self._loop.fits(len(requests), [r.end_ids for r in requests])
+        step = self._step
+        if step is None or len(requests) > step.max_tokens:
+            return False
+        return all(s.plain_greedy and not s.params.stop_strings for s in samplers)
 
-        Every sampler must be `plain`. -1: logits that are not finite; what follows a request's end means nothing.
-        None where the loop does not take the batch. The host looks at nothing in between.
+    def run_ahead(self, chunks: Sequence[Chunk], samplers: Sequence[RequestSampler], steps: int) -> Ints:
+        """The next tokens, [N, R], of requests with one token to compute and room for `steps` in their tables.
+
+        Only where `may_run_ahead`. -1: logits that are not finite; what follows a request's end means nothing. The host
+        looks at nothing in between. N is `steps` on a GPU; on a CPU, where a step too many costs as much as any, it
+        ends with the first request that does, and after AHEAD_SECONDS.
         """
         stop_ids = [c.request.end_ids for c in chunks]
-        if self._loop is None or not self._loop.fits(len(chunks), stop_ids):
-            return None
+        if self._loop is None:
+            return self._greedy_ahead(chunks, stop_ids, steps)
         temperatures = [s.params.temperature for s in samplers]
         uniform = None
         if any(temperatures):
             draws = [[s.draw() if s.params.temperature else 0.0 for _ in range(steps)] for s in samplers]
             uniform = np.array(draws).T.copy()
         return self._loop.tokens(self._rows(chunks, stop_ids, temperatures, uniform), steps)
+
+    def _greedy_ahead(self, chunks: Sequence[Chunk], stop_ids: list[list[int]], steps: int) -> Ints:
+        assert self._step is not None
+        stops = np.full((len(chunks), max(map(len, stop_ids))), -1, dtype=np.int64)
+        for row, ids in zip(stops, stop_ids, strict=True):
+            row[: len(ids)] = ids
+        rows = self._rows(chunks, stop_ids, [0.0] * len(chunks))
+        parts = [torch.from_numpy(part) for part in (rows.ids, rows.positions, rows.tables, stops)]
+        found: Ints = self._step.greedy_tokens(*parts, steps, AHEAD_SECONDS).numpy()
+        return found
 
     def _rows(
         self,

@@ -73,6 +73,24 @@ class DecodeStep:
         )
         return out
 
+    def greedy_tokens(
+        self,
+        ids: Tensor,  # [B] int64
+        positions: Tensor,  # [B] int64
+        block_tables: Tensor,  # [B, M] int64, with room for all steps
+        stop_ids: Tensor,  # [B, E] int64, padded with -1
+        steps: int,
+        seconds: float,
+    ) -> Tensor:  # [N, B] int64, 1 <= N <= steps
+        """The most likely next tokens of up to `steps` steps, by the rule of `ops.greedy`; -1: not finite.
+
+        The last step is the one in which a request met a stop id or logits that are not finite, and none begins later
+        than `seconds` after the first. Releases the GIL.
+        """
+        tables = [table.rows(int(positions.max()) + steps) for table in self._rotary]
+        out: Tensor = self._step.ahead(ids, positions, block_tables, tables, stop_ids, steps, seconds)
+        return out
+
     def _add_attention(self, builder: Any, sublayer: Attention, pair: KVPair) -> None:
         if sublayer.rotary not in self._rotary:
             self._rotary.append(sublayer.rotary)

@@ -22,10 +22,13 @@ LONG = dataclasses.replace(PARAMS, max_tokens=100)
 
 
 def run(scenario, **options):
-    """`scenario(engine)` against a fresh engine, which is closed afterwards; no thread may stay."""
+    """`scenario(engine)` against a fresh engine, which is closed afterwards; no thread may stay.
+
+    It decodes step by step unless asked: in bursts, LONG outputs end before anybody could abort them.
+    """
 
     async def main():
-        owner = AsyncEngine(engine(SPEC, **{"kv_blocks": 200, **options}))
+        owner = AsyncEngine(engine(SPEC, **{"kv_blocks": 200, "decode_steps": 1, **options}))
         try:
             return await asyncio.wait_for(scenario(owner), 60)
         finally:
@@ -58,7 +61,8 @@ async def idle(owner) -> None:
     assert stats.kv_usage == 0.0
 
 
-def test_many_callers_get_what_they_would_get_alone():
+@pytest.mark.parametrize("decode_steps", [1, 8])
+def test_many_callers_get_what_they_would_get_alone(decode_steps):
     prompts = [tuple(range(i, i + 3 + i % 5)) for i in range(20)]
 
     async def scenario(owner):
@@ -66,7 +70,8 @@ def test_many_callers_get_what_they_would_get_alone():
         await idle(owner)
         return found
 
-    assert run(scenario, max_num_seqs=6) == [solo(SPEC, p, PARAMS) for p in prompts]
+    found = run(scenario, max_num_seqs=6, decode_steps=decode_steps)
+    assert found == [solo(SPEC, p, PARAMS) for p in prompts]
 
 
 def test_refusals_come_to_their_caller():
