@@ -104,8 +104,8 @@ class Runner:
         for row, ids in zip(stops, stop_ids, strict=True):
             row[: len(ids)] = ids
         rows = self._rows(chunks, stop_ids, [0.0] * len(chunks))
-        parts = [torch.from_numpy(part) for part in (rows.ids, rows.positions, rows.tables, stops)]
-        found: Ints = self._step.greedy_tokens(*parts, steps, AHEAD_SECONDS).numpy()
+        ids, positions, tables, ends = map(torch.from_numpy, (rows.ids, rows.positions, rows.tables, stops))
+        found: Ints = self._step.greedy_tokens(ids, positions, tables, ends, steps, AHEAD_SECONDS).numpy()
         return found
 
     def _rows(
