@@ -101,11 +101,11 @@ class Runner:
     def _greedy_ahead(self, chunks: Sequence[Chunk], stop_ids: list[list[int]], steps: int) -> Ints:
         assert self._step is not None
         stops = np.full((len(chunks), max(map(len, stop_ids))), -1, dtype=np.int64)
-        for row, ids in zip(stops, stop_ids, strict=True):
-            row[: len(ids)] = ids
+        for row, ends in zip(stops, stop_ids, strict=True):
+            row[: len(ends)] = ends
         rows = self._rows(chunks, stop_ids, [0.0] * len(chunks))
-        ids, positions, tables, ends = map(torch.from_numpy, (rows.ids, rows.positions, rows.tables, stops))
-        found: Ints = self._step.greedy_tokens(ids, positions, tables, ends, steps, AHEAD_SECONDS).numpy()
+        ids, positions, tables, stop = map(torch.from_numpy, (rows.ids, rows.positions, rows.tables, stops))
+        found: Ints = self._step.greedy_tokens(ids, positions, tables, stop, steps, AHEAD_SECONDS).numpy()
         return found
 
     def _rows(
