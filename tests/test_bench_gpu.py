@@ -144,6 +144,10 @@ def test_token_clock_counts_what_it_should(monkeypatch: pytest.MonkeyPatch) -> N
     assert clock.rate(4) == (8 - 4) / (5 - 3)
     with pytest.raises(RuntimeError, match="asked for 5 tokens of 2 prompts, got 8"):
         clock.rate(5)
+    burst = TokenClock(batch=2, skip=2)  # begins at second 6
+    for count in (2, 6):
+        burst.add(count)
+    assert burst.rate(4) == 6 / (8 - 7)
 
 
 def test_a_spent_budget_still_gives_one_round() -> None:

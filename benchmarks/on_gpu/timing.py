@@ -97,5 +97,7 @@ class TokenClock:
         last, total = self._ticks[-1]
         if total != tokens * self._batch:
             raise RuntimeError(f"asked for {tokens} tokens of {self._batch} prompts, got {total}")
-        begin, before = next((t, count) for t, count in self._ticks if count >= self._skip * self._batch)
+        # where the last burst brings the skipped ones too, all of it counts: it has no time in between
+        earlier = self._ticks[:-1]
+        begin, before = next((tick for tick in earlier if tick[1] >= self._skip * self._batch), earlier[-1])
         return (total - before) / (last - begin)
