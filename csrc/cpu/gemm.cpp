@@ -121,11 +121,12 @@ struct PackedPanels {
 
 }  // namespace
 
-bool has_gemm() { return level() >= Level::avx512_bf16; }
+bool has_gemm() { return level() == Level::avx2 || level() >= Level::avx512_bf16; }
 
 const GemmKernel& gemm_kernel(int64_t tokens) {
   if (level() >= Level::amx && tokens > kMostStepTokens) return kGemmAmx;
-  return has_gemm() ? kGemmAvx512Bf16 : kGemmGeneric;
+  if (level() >= Level::avx512_bf16) return kGemmAvx512Bf16;
+  return has_gemm() ? kGemmAvx2 : kGemmGeneric;
 }
 
 void run_gemm(const Gemm& gemm, const uint32_t* panels) { run_pieces(gemm, StoredPanels{gemm, panels}); }

@@ -40,6 +40,7 @@ struct GemmKernel {
 
 extern const GemmKernel kGemmGeneric;
 // Null where the compiler or the processor family lacks the level.
+extern const GemmKernel kGemmAvx2;
 extern const GemmKernel kGemmAvx512Bf16;
 extern const GemmKernel kGemmAmx;
 
@@ -49,7 +50,8 @@ constexpr int64_t kMostStepTokens = 64;
 // The kernel of the level in force.
 const GemmKernel& gemm_kernel(int64_t tokens);
 
-// Whether the level in force has products of bfloat16; elsewhere rows of torch's layout are the better ones.
+// Whether the level in force has a kernel for bfloat16. AVX-512 without BF16 has none: torch takes blocked products of its
+// own there, whose speed was not measured.
 bool has_gemm();
 
 // All outputs by a weight in panels [N / 16 rounded up, panel_words].
@@ -65,7 +67,8 @@ void run_gemm(const Gemm& gemm, const GemmRows& rows);
 // `count` <= kGemmRows rows into one panel.
 using GemmPack = void (*)(
     const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel);
-extern const GemmPack kGemmPackAvx512;  // null like the kernels
+extern const GemmPack kGemmPackAvx2;  // null like the kernels
+extern const GemmPack kGemmPackAvx512;
 void pack_panel(const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel);
 
 }  // namespace depthprune
