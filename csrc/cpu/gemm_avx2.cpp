@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kTokens = 6;
 constexpr int64_t kAhead = 4096;          // bytes from a streamed register to what is asked for
+constexpr int64_t kMostShares = 4;        // of a panel that is asked for by the blocks before it
 constexpr int64_t kInputBytes = 1 << 20;  // of widened inputs at a time, for the second-level cache
 constexpr int64_t kOutputs = 96;          // that share them where panels are packed as they are needed
 
@@ -61,16 +62,24 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_column(
   }
 }
 
+// What a block asks memory for while it multiplies: a line from `first` on with every 2^shift lines of its panel.
+struct Ahead {
+  const char* first;
+  int shift;
+  DEPTHPRUNE_INLINE void ask(int64_t line) const { DEPTHPRUNE_PREFETCH_L2(first + (line >> shift) * 64); }
+};
+
 // sums_sr = sum_k w_rk x_sk of S tokens and the 16 rows of a panel.
-template <int S, bool stream>
+template <int S>
 DEPTHPRUNE_TARGET void block(
-    const uint32_t* panel, int64_t in_features, const float* x, int64_t x_stride, float (*out)[kGemmRows]) {
+    const uint32_t* panel, int64_t in_features, const float* x, int64_t x_stride, const Ahead& ahead,
+    float (*out)[kGemmRows]) {
   __m256 sums[S][2];
 #pragma GCC unroll 8
   for (int s = 0; s < S; ++s) sums[s][0] = sums[s][1] = _mm256_setzero_ps();
   const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   for (int64_t k = 0; k < in_features; k += 2, panel += kGemmRows) {
-    if constexpr (stream) DEPTHPRUNE_PREFETCH(reinterpret_cast<const char*>(panel) + kAhead);
+    ahead.ask(k / 2);
     const auto* pairs = reinterpret_cast<const __m256i*>(panel);
     add_column<S>(
         _mm256_slli_epi32(_mm256_loadu_si256(pairs), 16), _mm256_slli_epi32(_mm256_loadu_si256(pairs + 1), 16), x + k,
@@ -87,14 +96,14 @@ DEPTHPRUNE_TARGET void block(
   }
 }
 
-template <bool stream, int S = kTokens>
+template <int S = kTokens>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void any_block(
-    int64_t tokens, const uint32_t* panel, int64_t in_features, const float* x, int64_t x_stride,
+    int64_t tokens, const uint32_t* panel, int64_t in_features, const float* x, int64_t x_stride, const Ahead& ahead,
     float (*out)[kGemmRows]) {
   if constexpr (S > 1) {
-    if (tokens < S) return any_block<stream, S - 1>(tokens, panel, in_features, x, x_stride, out);
+    if (tokens < S) return any_block<S - 1>(tokens, panel, in_features, x, x_stride, ahead, out);
   }
-  block<S, stream>(panel, in_features, x, x_stride, out);
+  block<S>(panel, in_features, x, x_stride, ahead, out);
 }
 
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_bias(float (&sums)[kGemmRows], const uint16_t* bias, int64_t count) {
@@ -142,21 +151,24 @@ DEPTHPRUNE_TARGET void run_tokens(
     int64_t end) {
   const Inputs x = widened(gemm, begin, end);
   const int64_t words = gemm.panel_words(), features = gemm.in_features;
+  const int64_t blocks = (end - begin + kTokens - 1) / kTokens;
+  const int shift = blocks == 1 ? 0 : blocks == 2 ? 1 : 2;
+  // One block runs along a stream; of several, each asks for a share of the next panel.
+  const auto ahead = [&](const uint32_t* panel, int64_t i) {
+    const char* from = reinterpret_cast<const char*>(panel);
+    if (blocks == 1) return Ahead{from + kAhead, shift};
+    const int64_t bytes = words * 4;
+    return Ahead{from + bytes + (bytes >> shift) * std::min(i, kMostShares - 1), shift};
+  };
   for (int64_t n = first; n < last; n += kGemmRows, panels += words, ups += gated ? words : 0) {
     const int64_t count = std::min(kGemmRows, last - n);
-    for (int64_t t = begin; t < end;) {
-      const int64_t left = end - t;
-      // Two blocks of equal size rather than a full one and a small one.
-      const int64_t tokens = left >= 2 * kTokens ? kTokens : left > kTokens ? (left + 1) / 2 : left;
+    int64_t t = begin;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t tokens = (end - t + blocks - i - 1) / (blocks - i);  // of equal sizes
       const float* rows = x.rows + (t - begin) * x.stride;
       float sums[kTokens][kGemmRows], more[kTokens][kGemmRows];
-      if (t == begin) {  // the first to read the panel waits for memory
-        any_block<true>(tokens, panels, features, rows, x.stride, sums);
-        if constexpr (gated) any_block<true>(tokens, ups, features, rows, x.stride, more);
-      } else {
-        any_block<false>(tokens, panels, features, rows, x.stride, sums);
-        if constexpr (gated) any_block<false>(tokens, ups, features, rows, x.stride, more);
-      }
+      any_block(tokens, panels, features, rows, x.stride, ahead(panels, i), sums);
+      if constexpr (gated) any_block(tokens, ups, features, rows, x.stride, ahead(ups, i), more);
       for (int64_t s = 0; s < tokens; ++s) finish<gated>(gemm, t + s, n, count, sums[s], more[s]);
       t += tokens;
     }
