@@ -18,7 +18,12 @@ _C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is n
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LEVELS = _C.cpu_levels()
-GEMM_LEVELS = ("avx2", "avx512_bf16", "amx")  # that have a product of their own for many bfloat16 tokens
+# Levels with a product of their own for many tokens.
+MANY = {
+    torch.bfloat16: ("avx2", "avx512_bf16", "amx"),
+    torch.float16: ("avx2", "avx512", "avx512_bf16"),
+    torch.float32: (),
+}
 # (T, N, K): the shapes of SmolLM2-135M, then rests of every block of tokens, rows and steps.
 SHAPES = [
     (1, 960, 576),
@@ -173,27 +178,29 @@ def test_empty(shape: tuple[int, int, int], dtype: torch.dtype, level: str) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tokens_are_left_to_torch(dtype: torch.dtype, level: str) -> None:
-    """Except in bfloat16 where the instruction level has products of it."""
-    if dtype == torch.bfloat16 and level in GEMM_LEVELS:
+    """Except where the instruction level has a product of its own."""
+    if level in MANY[dtype]:
         pytest.skip("has a kernel of its own")
     x, weight = draw(300, 40, dtype=dtype), draw(30, 40, dtype=dtype, seed=1)
     assert torch.equal(linear(x, weight, None), REFERENCES["linear"](x, weight, None))
 
 
-@pytest.fixture
-def gemm_level(level: str) -> str:
-    if level not in GEMM_LEVELS:
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+def many(request: pytest.FixtureRequest, level: str) -> torch.dtype:
+    """A dtype that has a product of its own for many tokens at `level`."""
+    if level not in MANY[request.param]:
         pytest.skip("torch's own product serves many tokens at this level")
-    return level
+    dtype: torch.dtype = request.param
+    return dtype
 
 
 @pytest.mark.parametrize("size", [576, 577])
-def test_a_token_among_many_depends_on_nothing_but_itself(size: int, gemm_level: str) -> None:
+def test_a_token_among_many_depends_on_nothing_but_itself(size: int, many: torch.dtype) -> None:
     """Bit-equal in any batch of more than 64 tokens, on one thread and two."""
-    x, weight = draw(333, size, dtype=torch.bfloat16), draw(515, size, dtype=torch.bfloat16, seed=1)
-    bias = draw(515, dtype=torch.bfloat16, seed=2)
+    x, weight = draw(533, size, dtype=many), draw(515, size, dtype=many, seed=1)
+    bias = draw(515, dtype=many, seed=2)
     whole = linear(x, weight, bias)
-    for first, end in ((0, 65), (7, 140), (200, 333)):
+    for first, end in ((0, 65), (7, 140), (200, 333), (255, 513)):
         assert torch.equal(linear(x[first:end], weight, bias), whole[first:end])
     threads = torch.get_num_threads()
     try:
@@ -204,17 +211,18 @@ def test_a_token_among_many_depends_on_nothing_but_itself(size: int, gemm_level:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("tokens", [80, 257])
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
-def test_many_tokens_and_strided_arguments(view: object, gemm_level: str) -> None:
-    x, weight = (view(draw(rows, 97, dtype=torch.bfloat16, seed=rows)) for rows in (80, 50))  # type: ignore[operator]
+def test_many_tokens_and_strided_arguments(view: object, tokens: int, many: torch.dtype) -> None:
+    x, weight = (view(draw(rows, 97, dtype=many, seed=rows)) for rows in (tokens, 50))  # type: ignore[operator]
     out = linear(x, weight, None)
     assert torch.equal(out, linear(x.contiguous(), weight.contiguous(), None))
 
 
-def test_many_tokens_with_nan_beside_and_within(gemm_level: str) -> None:
-    wide_x = torch.full((70, 90), torch.nan, dtype=torch.bfloat16)
-    wide_weight = torch.full((60, 90), torch.nan, dtype=torch.bfloat16)
-    wide_x[:, :77], wide_weight[:51, :77] = draw(70, 77, dtype=torch.bfloat16), draw(51, 77, dtype=torch.bfloat16)
+def test_many_tokens_with_nan_beside_and_within(many: torch.dtype) -> None:
+    wide_x = torch.full((270, 90), torch.nan, dtype=many)
+    wide_weight = torch.full((60, 90), torch.nan, dtype=many)
+    wide_x[:, :77], wide_weight[:51, :77] = draw(270, 77, dtype=many), draw(51, 77, dtype=many)
     x, weight = wide_x[:, :77], wide_weight[:51, :77]
     assert_linear(x, weight)
     clean = linear(x, weight, None)
@@ -227,7 +235,7 @@ def test_many_tokens_with_nan_beside_and_within(gemm_level: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(0, 20) | st.integers(60, 140),
+    tokens=st.integers(0, 20) | st.integers(60, 140) | st.integers(250, 300),
     rows=st.integers(1, 40),
     size=st.integers(1, 150),
     dtype=st.sampled_from(DTYPES),
