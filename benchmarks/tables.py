@@ -200,9 +200,9 @@ CPU_SPEEDS = ("decode1@32", "decode1@1024", "decode8", "prefill512")
 CPU_RUNTIMES = ("transformers", "vllm", "llama.cpp", "openvino", "ours")
 
 
-def cpu_table(model: str) -> str:
+def cpu_table(model: str, results: str = "cpu") -> str:
     """Runtimes of each precision: tokens a second, of ours with the ratio to the best peer; load time and memory."""
-    rows = last([r for r in read("cpu") if r["model"] == model], "precision", "runtime", "variant", "what")
+    rows = last([r for r in read(results) if r["model"] == model], "precision", "runtime", "variant", "what")
     names = dict.fromkeys(key[:3] for key in rows if key[1] in CPU_RUNTIMES)
     lines = []
     for precision in ("bf16", "int8", "int4"):
@@ -241,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
     "cpu": lambda: cpu_table("smollm2-135m"),
     "cpu-1b": lambda: cpu_table("random-llama-1b"),
+    "cpu-avx2": lambda: cpu_table("smollm2-135m", "cpu_avx2"),
     "quality": quality_table,
     "ablation": ablation_table,
     "seeds": seeds_table,

@@ -9,7 +9,14 @@ from common import paired_ratio, spread
 from peers.measure import BATCH, CASES, Machine, Measured
 
 LOWER_IS_BETTER = ("load_s", "rss_mb", "rss_baseline_mb", "ttft512")
-_UNITS = {"load_s": "s", "ttft512": "s", "rss_mb": "MB", "rss_baseline_mb": "MB", "matmul_bf16": "GFLOP/s"}
+_UNITS = {
+    "load_s": "s",
+    "ttft512": "s",
+    "rss_mb": "MB",
+    "rss_baseline_mb": "MB",
+    "matmul_bf16": "GFLOP/s",
+    "matmul_fp32": "GFLOP/s",
+}
 _UNITS |= {"read_large": "GB/s", "read_model": "GB/s"}
 
 

@@ -15,20 +15,8 @@
 namespace depthprune {
 namespace {
 
+#include "cpu/narrow512.h"
 #include "cpu/silu16.h"
-
-DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m512 widen(__m256i halves) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-// To nearest even, as BFloat16::narrow; in the upper halves of the lanes.
-DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m512i narrow(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-}
 
 DEPTHPRUNE_TARGET void silu_mul(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t size) {
   for (int64_t i = 0; i < size; i += 16) {
@@ -37,7 +25,7 @@ DEPTHPRUNE_TARGET void silu_mul(const uint16_t* gate, const uint16_t* up, uint16
     const __m512i kept = _mm512_and_si512(narrow(silu), _mm512_set1_epi32(-65536));
     const __m512 product = _mm512_mul_ps(
         _mm512_castsi512_ps(kept), widen(_mm256_maskz_loadu_epi16(lanes, up + i)));
-    _mm256_mask_storeu_epi16(out + i, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(narrow(product), 16)));
+    _mm256_mask_storeu_epi16(out + i, lanes, narrow16(product));
   }
 }
 

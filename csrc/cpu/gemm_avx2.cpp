@@ -20,6 +20,8 @@
 namespace depthprune {
 namespace {
 
+#include "cpu/narrow256.h"
+
 constexpr int kTokens = 6;
 constexpr int64_t kAhead = 4096;          // bytes from a streamed register to what is asked for
 constexpr int64_t kMostShares = 4;        // of a panel that is asked for by the blocks before it
@@ -110,16 +112,6 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_bias(float (&sums)[kGemmRows], cons
   for (int64_t r = 0; r < count; ++r) sums[r] += BFloat16::widen(bias[r]);
 }
 
-// To nearest even, as BFloat16::narrow; in the lower halves of the lanes.
-DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m256i narrow8(const float* values) {
-  const __m256 x = _mm256_loadu_ps(values);
-  const __m256i bits = _mm256_castps_si256(x);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
-}
-
 // What follows a token's sums, to its outputs [n, n + count).
 template <bool gated>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void finish(
@@ -132,8 +124,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void finish(
 #pragma omp simd
     for (int r = 0; r < kGemmRows; ++r) sums[r] = sums[r] / (1.0f + fast_exp(-sums[r])) * ups[r];
   }
-  const __m256i packed = _mm256_packus_epi32(narrow8(sums), narrow8(sums + 8));
-  const __m256i rounded = _mm256_permute4x64_epi64(packed, 0xd8);  // halves of 128 bits were packed apart
+  const __m256i rounded = narrow16(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + 8));
   uint16_t* out = gemm.out + token * gemm.out_features + n;
   if (count == kGemmRows) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), rounded);

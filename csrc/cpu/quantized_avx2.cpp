@@ -17,12 +17,14 @@ namespace {
 
 constexpr int64_t kPassBytes = 256 << 10;
 
+#include "cpu/narrow256.h"
 #include "cpu/quantized_kernel.h"
 
 struct Avx2 {
+  static constexpr bool kNarrows = true;
   static constexpr int kRegisters = 2;
   static constexpr int kPanels = 1;
-  static constexpr int kTokens = 3;  // 6 integer and 6 float sums of 16 registers
+  static constexpr int kTokens = 4;  // 8 integer sums of 16 registers; the float ones wait in memory
   static constexpr int kStreamed = 2;
   static constexpr int64_t kAhead = 1024;
   using Int = __m256i;
@@ -32,14 +34,18 @@ struct Avx2 {
   };
 
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m256i broadcast(const char* inputs) {
-    int32_t four;
-    std::memcpy(&four, inputs, 4);
-    return _mm256_set1_epi32(four);
+    // GCC 12 loads an integer into a general register first.
+    return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(inputs)));
   }
 
   // a: unsigned, b: signed bytes; both products of a pair fit 16 bits together.
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m256i dot(__m256i sum, __m256i a, __m256i b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+  }
+
+  // Keeps GCC 12 from reading the inputs of all tokens first, which would not leave enough registers for sums.
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void one_by_one(Int (&sum)[2]) {
+    asm volatile("" : "+x"(sum[0]), "+x"(sum[1]) : : "memory");
   }
 
   template <int bits>
@@ -84,6 +90,10 @@ struct Avx2 {
     _mm256_storeu_ps(rows, total[0]);
     _mm256_storeu_ps(rows + 8, total[1]);
   }
+
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void narrow(const Float (&total)[2], uint16_t* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow16(total[0], total[1]));
+  }
 };
 
 // code - 128 as its magnitude, at most 128, and its sign, which moves to the input: 2 * 128 * 127 fits 16 bits.
@@ -99,6 +109,7 @@ struct Avx2::Codes<8> {
   DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add(const char* inputs, __m256i (&sum)[2]) const {
     const __m256i x = broadcast(inputs);
     for (int i = 0; i < 2; ++i) sum[i] = dot(sum[i], _mm256_abs_epi8(codes[i]), _mm256_sign_epi8(x, codes[i]));
+    one_by_one(sum);
   }
 };
 
@@ -122,6 +133,7 @@ struct Avx2::Codes<4> {
           _mm256_add_epi16(_mm256_maddubs_epi16(low[i], first), _mm256_maddubs_epi16(high[i], second));
       sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    one_by_one(sum);
   }
 };
 

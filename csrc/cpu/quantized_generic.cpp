@@ -16,6 +16,7 @@ constexpr int64_t kPassBytes = 256 << 10;
 #include "cpu/quantized_kernel.h"
 
 struct Plain {
+  static constexpr bool kNarrows = false;
   static constexpr int kRegisters = 1;
   static constexpr int kPanels = 1;
   static constexpr int kTokens = 2;

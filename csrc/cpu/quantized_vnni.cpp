@@ -20,9 +20,11 @@ namespace {
 
 constexpr int64_t kPassBytes = 512 << 10;
 
+#include "cpu/narrow512.h"
 #include "cpu/quantized_kernel.h"
 
 struct Vnni {
+  static constexpr bool kNarrows = true;
   static constexpr int kRegisters = 1;
   static constexpr int kPanels = 2;
   static constexpr int kTokens = 6;  // 12 integer and 12 float sums of 32 registers
@@ -66,6 +68,10 @@ struct Vnni {
 
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void store(const Float (&total)[1], float* rows) {
     _mm512_store_ps(rows, total[0]);
+  }
+
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void narrow(const Float (&total)[1], uint16_t* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow16(total[0]));
   }
 };
 
