@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +146,12 @@ class NativeCheckpoint(Checkpoint):
         """Read everything and compare with the checksums."""
         where = [(self._weight_map.get(n, self.path.name), n) for n in self._checksums]
         where += [(file, _GUARD_NAME) for file in self._files if file != self.path.name]
-        # hashing releases the GIL, and one thread alone waits for the pages of the file more than it computes
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = pool.map(lambda place: checksum(self._files[place[0]].get_tensor(place[1])), where)
-            for (file, name), digest in zip(where, found, strict=True):
-                if digest != self._checksums[name]:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise InputError(
-                        f"{self.path.with_name(file)}: damaged: tensor {name} has checksum {digest}, "
-                        f"expected {self._checksums[name]}"
-                    )
+        for file, name in where:
+            found, expected = checksum(self._files[file].get_tensor(name)), self._checksums[name]
+            if found != expected:
+                raise InputError(
+                    f"{self.path.with_name(file)}: damaged: tensor {name} has checksum {found}, expected {expected}"
+                )
 
     @property
     def assets(self) -> Mapping[str, bytes]:
