@@ -61,6 +61,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_column(
     const __m256 input = _mm256_broadcast_ss(x + s * x_stride);
     sums[s][0] = _mm256_fmadd_ps(_mm256_castsi256_ps(low), input, sums[s][0]);
     sums[s][1] = _mm256_fmadd_ps(_mm256_castsi256_ps(high), input, sums[s][1]);
+    // Token by token: GCC 12 would read all inputs first and move sums to memory for them.
     asm volatile("" : "+x"(sums[s][0]), "+x"(sums[s][1]) : : "memory");
   }
 }

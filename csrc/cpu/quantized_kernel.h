@@ -100,7 +100,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void store_any(
 template <typename V>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void store_totals(
     const typename V::Float (&totals)[V::kRegisters], const QuantizedLinear& linear, int64_t token, int64_t row) {
-  if constexpr (V::kNarrows) {  // the usual case: value by value it would take a tenth of the product's time
+  if constexpr (V::kNarrows) {  // the usual case, from registers rather than value by value
     if (linear.dtype == Dtype::bfloat16 && linear.bias == nullptr && linear.weight.out_features - row >= kPanelRows) {
       V::narrow(totals, static_cast<uint16_t*>(linear.out) + token * linear.out_stride + row);
       return;
