@@ -25,8 +25,8 @@ namespace {
 // Products that are worth a second thread: about 10 us of one core.
 constexpr int64_t kGrain = 1 << 17;
 
-// Most tokens for our kernels, by Dtype; at::linear takes more, but see in_runs. Time of at::linear over ours at SmolLM2's shapes
-// (2 threads of a Zen 4 with AVX-512 BF16; rows in benchmarks/results/linear_cpu.csv): bfloat16 2.0-3.6 at 1 token,
+// Most tokens for our kernels, by Dtype; at::linear takes more, but see in_runs. Time of at::linear over ours at SmolLM2's
+// shapes (2 threads of a Zen 4 with AVX-512 BF16; rows in benchmarks/results/linear_cpu.csv): bfloat16 2.0-3.6 at 1 token,
 // 0.9-1.2 at 64; float32 1.9-2.3 and 1.2-1.7; float16 1.0-1.1 and 4.7-5.5. Where ours is the slower one it stays, as a
 // token's result must not change with the number of tokens. The generic kernels keep up at a few tokens only.
 constexpr int64_t kMostTokens[3] = {64, 256, 64};
