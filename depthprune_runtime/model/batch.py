@@ -33,6 +33,18 @@ class Batch:
         """Index of each sequence's last token, the one whose logits are sampled."""
         return self.cu_seqlens[1:] - 1
 
+    def alone(self, tokens: Tensor) -> tuple[Tensor, PagedContext]:  # [R] int64 -> bounds [R + 1], context
+        """Some tokens, each as a request of its own over the cache, which must hold what they see."""
+        assert self.paged is not None
+        sequences = torch.searchsorted(self.cu_seqlens[1:], tokens, right=True)
+        context = PagedContext(
+            slot_mapping=self.paged.slot_mapping[tokens],
+            block_tables=self.paged.block_tables[sequences],
+            context_lens=self.positions[tokens] + 1,
+            fresh=False,
+        )
+        return torch.arange(tokens.shape[0] + 1, device=tokens.device), context
+
 
 def packed(
     lengths: Sequence[int], device: torch.device, starts: Sequence[int] | None = None, paged: PagedContext | None = None

@@ -11,7 +11,7 @@ from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.linear import Linear, Weight, embedding
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.model.sublayers import KVPair, Sublayer, build_sublayer, plain
+from depthprune_runtime.model.sublayers import Attention, KVPair, Sublayer, build_sublayer, plain
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 
 WeightGetter = Callable[[str], Weight]
@@ -66,6 +66,8 @@ class Decoder:
         self.norm = loader.tensor("norm.weight")  # [C]
         head = self.embed_tokens if spec.tie_word_embeddings else loader.weight("lm_head.weight")
         self.lm_head = Linear(head)  # [V, C]
+        attention = [i for i, sublayer in enumerate(self.sublayers) if isinstance(sublayer, Attention)]
+        self._last_attention = attention[-1] if attention else -1
 
     def hidden_states(
         self,
@@ -74,8 +76,15 @@ class Decoder:
         kv: Sequence[KVPair | None] | None = None,  # one entry a sub-layer, None for FFN
         select: Tensor | None = None,  # [R] int64: tokens to return; all by default
     ) -> Tensor:  # [T or R, C]
-        """Final hidden states, after the last norm; new keys and values are written to `kv`."""
+        """Final hidden states, after the last norm; new keys and values are written to `kv`.
+
+        From the last attention's queries on, only the tokens of `select` are computed: no other token sees more of
+        them than their keys and values.
+        """
         eps = self.spec.rms_norm_eps
+        few = select if select is not None and select.shape[0] < ids.shape[0] else None
+        if few is not None and self._last_attention < 0:
+            ids = ids[few]
         residual = embedding(ids, self.embed_tokens, self.dtype)
         out: Tensor | None = None
         for i, sublayer in enumerate(self.sublayers):
@@ -83,8 +92,14 @@ class Decoder:
                 hidden = ops.rms_norm(residual, sublayer.norm, eps)
             else:
                 hidden = ops.add_rms_norm(out, residual, sublayer.norm, eps)
-            out = sublayer(hidden, batch, kv[i] if kv is not None else None)
-        if select is not None:
+            pair = kv[i] if kv is not None else None
+            if few is not None and i == self._last_attention:
+                assert isinstance(sublayer, Attention)
+                out = sublayer.project(sublayer.inner(hidden, batch, pair, few))
+                residual = residual[few]
+            else:
+                out = sublayer(hidden, batch, pair)
+        if select is not None and few is None:
             residual = residual[select]
             out = out[select] if out is not None else None
         if out is None:

@@ -55,7 +55,13 @@ class Attention:
     def output_bias(self) -> Tensor | None:  # [C]
         return self.o.bias
 
-    def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, H D]
+    def inner(
+        self,
+        hidden: Tensor,  # [T, C]
+        batch: Batch,
+        kv: KVPair | None = None,
+        select: Tensor | None = None,  # [R] int64: tokens to return, all by default; all keys and values are written
+    ) -> Tensor:  # [T or R, H D]
         spec = self.spec
         qkv = self.qkv(hidden)
         heads = qkv.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
@@ -71,12 +77,20 @@ class Attention:
                 ops.head_rms_norm(q, self.q_norm, self._eps)
                 ops.head_rms_norm(k, self.k_norm, self._eps)
             ops.rotary(q, k, table, batch.positions)
+        bounds = batch.cu_seqlens
+        # One query a request reads the cache once, more would read it as often.
+        few = paged is not None and kv is not None and select is not None and select.shape[0] < bounds.shape[0]
+        if few and select is not None:
+            q = q[select]
+            bounds, paged = batch.alone(select)
         if paged is None or kv is None or paged.fresh:
-            out = ops.varlen_attention(q, k, v, batch.cu_seqlens, self.scale, self.window)
+            out = ops.varlen_attention(q, k, v, bounds, self.scale, self.window)
         else:
             out = ops.paged_attention(
-                q, kv[0], kv[1], paged.block_tables, paged.context_lens, batch.cu_seqlens, self.scale, self.window
+                q, kv[0], kv[1], paged.block_tables, paged.context_lens, bounds, self.scale, self.window
             )
+        if select is not None and not few:
+            out = out[select]
         return out.reshape(-1, spec.q_size)
 
     def project(self, inner: Tensor) -> Tensor:  # [T, H D] -> [T, C]
