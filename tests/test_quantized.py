@@ -43,7 +43,7 @@ def test_reference_op_multiplies_by_the_dequantised_weight():
     weight, expected = random_weight(QuantSpec(4, 32), 24, 96)
     x, bias = torch.randn(3, 96), torch.randn(24)
     reference = torch.nn.functional.linear(x, expected, bias)
-    out = ops._library.REFERENCES["quantized_linear"](x, weight.codes, weight.scales, None, bias, 24, 4, 32)
+    out = ops._library.REFERENCES["quantized_linear"](x, weight.codes, weight.scales, None, bias, 24, 4, 32, False)
     assert torch.equal(out, reference)
 
 

@@ -24,6 +24,16 @@ struct QuantizedWeight {
   int64_t panels() const { return (out_features + kPanelRows - 1) / kPanelRows; }
   int64_t padded() const { return groups * group_size; }  // K'
   int64_t runs() const { return padded() / kRun; }
+
+  // Panels [begin, end) as a weight of their own; all of them have 16 rows.
+  QuantizedWeight slice(int64_t begin, int64_t end) const {
+    QuantizedWeight part = *this;
+    part.codes += begin * padded() * kPanelRows * bits / 8;
+    part.scales += begin * groups * kPanelRows;
+    if (zeros != nullptr) part.zeros += begin * groups * kPanelRows;
+    part.out_features = (end - begin) * kPanelRows;
+    return part;
+  }
 };
 
 // A packed token: K' codes, then a scale (float) and minus the sum of codes (int32) for each run; where all zero points

@@ -15,6 +15,7 @@ from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.linear import Linear, Weight
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.panels import PANEL_ROWS, PanelWeight
+from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import AttentionSpec, FFNSpec, SublayerSpec
 
 
@@ -123,6 +124,8 @@ class FFN:
             return ops.gated_linear(hidden, weight, self.gate_up.bias)
         if isinstance(weight, PanelWeight) and weight.out_features % (2 * PANEL_ROWS) == 0:
             return ops.panel_linear(hidden, weight, self.gate_up.bias, gated=True)
+        if isinstance(weight, QuantizedWeight):
+            return ops.quantized_linear(hidden, weight, self.gate_up.bias, gated=True)
         return ops.silu_mul(self.gate_up(hidden))
 
     def project(self, inner: Tensor) -> Tensor:  # [T, F] -> [T, C]

@@ -1,6 +1,7 @@
 """Projection by a weight of 8 or 4 bits in the layout of `depthprune_runtime.quantized`.
 
     out_tn = sum_k x_tk scale_ng (code_nk - zero_ng) (+ bias_n)        g: the group of k
+    gated: silu_mul of it
 
 The reference dequantises. The C++ kernels multiply integers: they round each run of 32 inputs to 8 bits by its own
 scale, max |x| / 127 (as llama.cpp does), sum the products of a run exactly, and add the runs in float32 in an order
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.ops._library import define
+from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.quantized import QuantizedWeight, QuantSpec, dequantize
 
 
@@ -25,29 +27,32 @@ def _quantized_linear(
     out_features: int,
     bits: int,
     group_size: int,
+    gated: bool,
 ) -> Tensor:
     spec = QuantSpec(bits, group_size, zeros is None)
     weight = dequantize(codes, scales, zeros, spec, out_features, x.shape[1], x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+    out = torch.nn.functional.linear(x, weight, bias)
+    return silu_mul(out) if gated else out
 
 
 _quantized_linear_op = define(
     "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, int bits, "
-    "int group_size) -> Tensor",
+    "int group_size, bool gated) -> Tensor",
     _quantized_linear,
 )
 
 
 def quantized_linear(
     x: Tensor,  # [T, K]
-    weight: QuantizedWeight,  # [N, K]
-    bias: Tensor | None = None,  # [N], dtype of x
-) -> Tensor:  # [T, N]
+    weight: QuantizedWeight,  # [N, K]; gated: [2F, K], gate rows first
+    bias: Tensor | None = None,  # [N] or [2F], dtype of x
+    gated: bool = False,
+) -> Tensor:  # [T, N] or [T, F]
     """The projection of every row of `x`, in its dtype; ValueError for other shapes."""
     if x.dim() != 2 or x.shape[1] != weight.in_features:
         raise ValueError(f"quantized_linear: expected x of shape [T, {weight.in_features}], got {list(x.shape)}")
     spec = weight.spec
     out: Tensor = _quantized_linear_op(
-        x, weight.codes, weight.scales, weight.zeros, bias, weight.out_features, spec.bits, spec.group_size
+        x, weight.codes, weight.scales, weight.zeros, bias, weight.out_features, spec.bits, spec.group_size, gated
     )
     return out

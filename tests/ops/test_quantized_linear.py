@@ -68,6 +68,30 @@ def test_half_formats_are_rounded_once(level, dtype):
     assert torch.equal(ops.quantized_linear(x, weight, bias), wide.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "channels"), [(1, 16), (3, 64), (9, 80), (257, 96), (520, 208), (4, 40)], ids=lambda n: str(n)
+)
+def test_gated_is_silu_mul_of_the_projection(level, dtype, tokens, channels):
+    """Bit for bit, so that a decode step, which does one after the other, agrees with a prompt."""
+    for spec, columns in ((QuantSpec(8, 32), 96), (QuantSpec(4, 64, False), 100)):
+        weight = random_weight(spec, 2 * channels, columns, channels)
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+        for bias in (None, torch.randn(2 * channels).to(dtype)):
+            expected = ops.silu_mul(ops.quantized_linear(x, weight, bias))
+            out = ops.quantized_linear(x, weight, bias, gated=True)
+            assert out.shape == (tokens, channels) and expected.abs().max() > 0
+            assert torch.equal(out, expected)
+
+
+def test_gated_needs_as_many_gates_as_ups(level):
+    weight = random_weight(QuantSpec(8, 32), 33, 64, 0)
+    with pytest.raises(ValueError, match="expected out_features of an even number"):
+        ops.quantized_linear(torch.randn(2, 64), weight, gated=True)
+    even = random_weight(QuantSpec(8, 32), 32, 64, 0)
+    assert ops.quantized_linear(torch.empty(0, 64), even, gated=True).shape == (0, 16)
+
+
 def test_close_to_the_dequantised_weight(level):
     """8-bit inputs cost about as much as bfloat16 ones."""
     for bits in (8, 4):
@@ -130,6 +154,6 @@ def test_wrong_arguments_are_named():
         ops.quantized_linear(torch.randn(1, 64), weight, torch.randn(3))
     op = torch.ops.depthprune.quantized_linear
     with pytest.raises(ValueError, match="expected codes of shape"):
-        op(torch.randn(1, 96), weight.codes, weight.scales, None, None, 16, 8, 32)
+        op(torch.randn(1, 96), weight.codes, weight.scales, None, None, 16, 8, 32, False)
     with pytest.raises(ValueError, match="expected bits of 8 or 4"):
-        op(torch.randn(1, 64), weight.codes, weight.scales, None, None, 16, 3, 32)
+        op(torch.randn(1, 64), weight.codes, weight.scales, None, None, 16, 3, 32, False)

@@ -96,8 +96,8 @@ def test_logits_are_those_of_the_dequantised_weights(pico_file, tmp_path, monkey
     checkpoint = open_checkpoint(tmp_path / "q")
     reference = ops._library.REFERENCES["quantized_linear"]
 
-    def by_reference(x, w, bias=None):
-        return reference(x, w.codes, w.scales, w.zeros, bias, w.out_features, w.spec.bits, w.spec.group_size)
+    def by_reference(x, w, bias=None, gated=False):
+        return reference(x, w.codes, w.scales, w.zeros, bias, w.out_features, w.spec.bits, w.spec.group_size, gated)
 
     monkeypatch.setattr(ops, "quantized_linear", by_reference)
     ids, batch = WINDOWS[0], packed([32], CPU)
