@@ -79,7 +79,18 @@ struct Avx2 {
     return {widen(from), widen(from + 8)};
   }
 
-  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void finish(
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_run(const Int (&sum)[2], float x_scale, Float (&group)[2]) {
+    const __m256 scale = _mm256_set1_ps(x_scale);
+    for (int i = 0; i < 2; ++i) group[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i]), scale, group[i]);
+  }
+
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_group(
+      const Float (&group)[2], const Scales& scales, Float (&total)[2]) {
+    total[0] = _mm256_fmadd_ps(group[0], scales.low, total[0]);
+    total[1] = _mm256_fmadd_ps(group[1], scales.high, total[1]);
+  }
+
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_alone(
       const Int (&sum)[2], float x_scale, const Scales& scales, Float (&total)[2]) {
     const __m256 scale = _mm256_set1_ps(x_scale);
     total[0] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum[0]), scale), scales.low, total[0]);

@@ -58,7 +58,15 @@ struct Plain {
     return found;
   }
 
-  static void finish(const Int (&sum)[1], float x_scale, const Scales& scales, Float (&total)[1]) {
+  static void add_run(const Int (&sum)[1], float x_scale, Float (&group)[1]) {
+    for (int r = 0; r < kPanelRows; ++r) group[0].rows[r] += static_cast<float>(sum[0].rows[r]) * x_scale;
+  }
+
+  static void add_group(const Float (&group)[1], const Scales& scales, Float (&total)[1]) {
+    for (int r = 0; r < kPanelRows; ++r) total[0].rows[r] += group[0].rows[r] * scales.rows[r];
+  }
+
+  static void add_alone(const Int (&sum)[1], float x_scale, const Scales& scales, Float (&total)[1]) {
     for (int r = 0; r < kPanelRows; ++r) {
       total[0].rows[r] += static_cast<float>(sum[0].rows[r]) * x_scale * scales.rows[r];
     }

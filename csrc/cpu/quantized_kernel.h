@@ -1,8 +1,9 @@
 // The loops of quantized_linear, compiled once an instruction level: included by quantized_<level>.cpp inside a
 // namespace of its own, after DEPTHPRUNE_TARGET. Hence no include guard.
 //
-// A block keeps S tokens times R panels: integer sums of one run of 32 inputs, and float sums over runs. Integer sums
-// are exact and runs are added in order, so that an output depends on its token and row alone.
+// A block keeps S tokens times R panels: integer sums of one run of 32 inputs, float sums over the runs of a group, and
+// over groups. Integer sums are exact and the others are added in order, so that an output depends on its token and row
+// alone.
 //
 // A trait V has:
 //   kRegisters                  registers for the 16 rows of a panel
@@ -11,7 +12,9 @@
 //   Int, Float                  a register of integer or float sums
 //   Codes<bits>                 one tile [16, 4] of 4-bit pairs or of 8-bit codes, ready to be multiplied
 //   start<bits>(sum, zeros)     integer sum to begin with, from what a run's packed inputs say
-//   add, finish                 sum += codes * inputs;  total += scale * x_scale * sum
+//   add                         sum += codes * inputs
+//   add_run, add_group          group += x_scale * sum;  total += scale * group
+//   add_alone                   total += scale * (x_scale * sum), of a group that is one run
 //   store, kNarrows, narrow     16 totals as they are; whether it rounds them to bfloat16 itself
 
 // Several tokens leave a core too few first-level misses to wait for memory with: their weights go to the second level.
@@ -24,10 +27,11 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void prefetch_ahead(const uint8_t* from) {
   }
 }
 
-template <typename V, int bits, bool symmetric, int R, int S>
+// Adds a run `to` the totals where it is alone in its group, else those of the group.
+template <typename V, int bits, bool symmetric, bool alone, int R, int S>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_run(
     const QuantizedLinear& linear, const uint8_t* codes, int64_t panel_bytes, int64_t scale_offset, int64_t run,
-    const char* x, int64_t x_stride, typename V::Float (&totals)[R][S][V::kRegisters]) {
+    const char* x, int64_t x_stride, typename V::Float (&to)[R][S][V::kRegisters]) {
   const QuantizedWeight& weight = linear.weight;
   const int64_t panel_scales = weight.groups * kPanelRows;
   constexpr int tiles = kRun * bits / 32;  // of 64 bytes
@@ -58,15 +62,27 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_run(
       for (int r = 0; r < R; ++r) tile[r].add(inputs, sums[r][s]);
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    const typename V::Scales scales = V::scales(weight.scales + scale_offset + r * panel_scales);
 #pragma GCC unroll 8
-    for (int s = 0; s < S; ++s) {
-      float x_scale;
-      std::memcpy(&x_scale, x + s * x_stride + weight.padded() + run * 4, 4);
-      V::finish(sums[r][s], x_scale, scales, totals[r][s]);
+  for (int s = 0; s < S; ++s) {
+    float x_scale;
+    std::memcpy(&x_scale, x + s * x_stride + weight.padded() + run * 4, 4);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      if constexpr (alone) {
+        V::add_alone(sums[r][s], x_scale, V::scales(weight.scales + scale_offset + r * panel_scales), to[r][s]);
+      } else {
+        V::add_run(sums[r][s], x_scale, to[r][s]);
+      }
     }
+  }
+}
+
+template <typename V, int R, int S>
+DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void clear(typename V::Float (&sums)[R][S][V::kRegisters]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) V::zero(sums[r][s]);
   }
 }
 
@@ -119,18 +135,29 @@ DEPTHPRUNE_TARGET void block(const QuantizedLinear& linear, int64_t panel, int64
   const char* x = linear.x + token * x_stride;
   const uint8_t* codes = weight.codes + panel * panel_bytes;
   typename V::Float totals[R][S][V::kRegisters];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int s = 0; s < S; ++s) V::zero(totals[r][s]);
-  }
+  clear<V>(totals);
+  const int64_t run_bytes = kRun * kPanelRows * bits / 8;
   const int64_t runs_per_group = weight.group_size / kRun;
-  int64_t run = 0;
-  for (int64_t g = 0; g < weight.groups; ++g) {
-    const int64_t scale_offset = (panel * weight.groups + g) * kPanelRows;
-    for (int64_t i = 0; i < runs_per_group; ++i, ++run) {
-      add_run<V, bits, symmetric, R, S>(
-          linear, codes + run * kRun * kPanelRows * bits / 8, panel_bytes, scale_offset, run, x, x_stride, totals);
+  const int64_t panel_scales = weight.groups * kPanelRows;
+  int64_t scale_offset = panel * panel_scales;
+  for (int64_t run = 0; run < weight.runs(); scale_offset += kPanelRows) {
+    if (runs_per_group == 1) {
+      add_run<V, bits, symmetric, true, R, S>(
+          linear, codes + run * run_bytes, panel_bytes, scale_offset, run, x, x_stride, totals);
+      ++run;
+      continue;
+    }
+    typename V::Float group[R][S][V::kRegisters];
+    clear<V>(group);
+    for (const int64_t end = run + runs_per_group; run < end; ++run) {
+      add_run<V, bits, symmetric, false, R, S>(
+          linear, codes + run * run_bytes, panel_bytes, scale_offset, run, x, x_stride, group);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const typename V::Scales scales = V::scales(weight.scales + scale_offset + r * panel_scales);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) V::add_group(group[r][s], scales, totals[r][s]);
     }
   }
   for (int r = 0; r < R; ++r) {

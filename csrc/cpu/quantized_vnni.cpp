@@ -60,7 +60,15 @@ struct Vnni {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
 
-  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void finish(
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_run(const Int (&sum)[1], float x_scale, Float (&group)[1]) {
+    group[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[0]), _mm512_set1_ps(x_scale), group[0]);
+  }
+
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_group(const Float (&group)[1], Scales scales, Float (&total)[1]) {
+    total[0] = _mm512_fmadd_ps(group[0], scales, total[0]);
+  }
+
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_alone(
       const Int (&sum)[1], float x_scale, Scales scales, Float (&total)[1]) {
     const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[0]), _mm512_set1_ps(x_scale));
     total[0] = _mm512_fmadd_ps(scaled, scales, total[0]);
