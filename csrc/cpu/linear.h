@@ -4,14 +4,7 @@
 #include <cstdint>
 
 #include "cpu/dtype.h"
-
-#if defined(__GNUC__)
-#define DEPTHPRUNE_PREFETCH(address) __builtin_prefetch(address)
-#define DEPTHPRUNE_PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
-#else
-#define DEPTHPRUNE_PREFETCH(address) static_cast<void>(address)
-#define DEPTHPRUNE_PREFETCH_L2(address) static_cast<void>(address)
-#endif
+#include "cpu/simd.h"
 
 namespace depthprune {
 

@@ -27,6 +27,15 @@
 #define DEPTHPRUNE_INLINE __forceinline
 #endif
 
+// Asks for the line of an address, into the first- or the second-level cache.
+#if defined(__GNUC__)
+#define DEPTHPRUNE_PREFETCH(address) __builtin_prefetch(address)
+#define DEPTHPRUNE_PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
+#else
+#define DEPTHPRUNE_PREFETCH(address) static_cast<void>(address)
+#define DEPTHPRUNE_PREFETCH_L2(address) static_cast<void>(address)
+#endif
+
 namespace depthprune {
 
 // condition ? a : b without a branch: GCC 12 threads the jumps of a ternary through the loop, which then stays scalar.

@@ -177,13 +177,12 @@ struct Panel {
   DEPTHPRUNE_INLINE const float* row(int64_t d) const { return data + d * stride; }
 };
 
-// Asks for a row ahead of its use.
+// Asks for a row ahead of its use, into the second-level cache: a core has too few first-level misses to wait for memory
+// with.
 template <typename T>
 DEPTHPRUNE_INLINE void prefetch_row(const T* row, int64_t size) {
-#if defined(__GNUC__)
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(row + d);
-#endif
+  for (int64_t d = 0; d < size; d += kLine) DEPTHPRUNE_PREFETCH_L2(row + d);
 }
 
 // Rows that are needed after those a product reads: it asks for one of them with each of its own, so that memory works
