@@ -4,8 +4,8 @@
     gated: silu_mul of it
 
 The reference dequantises. The C++ kernels multiply integers: they round each run of 32 inputs to 8 bits by its own
-scale, max |x| / 127 (as llama.cpp does), sum the products of a run exactly, and add the runs in float32 in an order
-that depends on K alone: a token's result is the same bits in any batch, on any number of threads.
+scale, max |x| / 127 (as llama.cpp does), sum the products of a run exactly, and add the runs of a group, then the
+groups, in float32 in order: a token's result is the same bits in any batch, on any number of threads, gated or not.
 """
 
 from __future__ import annotations
