@@ -99,6 +99,7 @@ class RepairOptions:
     weighting: Weighting = "rms"
     answers_for: Answers = "before"
     scope: Scope = "all"
+    strength: float = 1.0
     samples: int = 128
     seq_len: int = 512
 
@@ -107,6 +108,7 @@ class RepairOptions:
         _choice("repair weighting", self.weighting, WEIGHTINGS)
         _choice("repair answers_for", self.answers_for, ANSWERS)
         _choice("repair scope", self.scope, SCOPES)
+        _number("repair strength", self.strength, 0.0, 1.0)
 
 
 MethodOptions = ShortGPTOptions | FinerCutOptions | FlattenGPTOptions

@@ -58,9 +58,10 @@ class Rebuild:
         self._edits: list[Edit] = []
         self._store = TensorStore()
 
-    def _checkpoint(self) -> PrunedCheckpoint:
+    def _checkpoint(self, instead: Mapping[str, Tensor] | None = None) -> PrunedCheckpoint:
+        """The student so far; instead: weights that differ from those that will be written."""
         plan = dataclasses.replace(self._plan, edits=self._plan.edits + tuple(self._edits))
-        return PrunedCheckpoint(self._parent, plan, self._store.tensors)
+        return PrunedCheckpoint(self._parent, plan, {**self._store.tensors, **(instead or {})})
 
     def run(self, walk: Walk, advance: Advance = lambda: None) -> tuple[PrunedCheckpoint, PrunePlan]:
         """Walk to the end; the rebuilt student and its whole plan."""
@@ -74,14 +75,16 @@ class Rebuild:
         return Walk(self._parent, student, windows, self._device, self._parent.dtype, answers_for)
 
     def visit(self, visit: Visit) -> Sublayer:
-        """Narrow and repair one sub-layer; the student goes on with the result, rounded as it is stored."""
+        """Narrow and repair one sub-layer; the student goes on with the result at full strength, rounded as stored."""
         units = self._narrowing.units.get(visit.piece.sources[0]) if self._narrowing is not None else None
         if units is None and (self._repair is None or (self._repair.scope == "edited" and not visit.edited)):
             return visit.sublayer
         weighting = self._repair.weighting if self._repair is not None else "none"
         moments = repair.accumulate(visit, weighting)
         spec, wide = visit.sublayer.spec, visit.sublayer.output_weight
+        name = f"sublayers.{visit.index}.{output_name(spec)}"
         columns, solved = None, None
+        ahead: dict[str, Tensor] = {}
         if units is not None and self._narrowing is not None:
             options = self._narrowing.options
             if options.selection == "after-repair":
@@ -94,11 +97,17 @@ class Rebuild:
             if self._repair is None and options.compensate and not isinstance(spec, AttentionSpec):
                 solved = narrowing.compensated(moments.gram, wide, columns, options.leverage_lam)
         if self._repair is not None:
-            solved = repair.solve(moments, wide if columns is None else wide[:, columns], columns, self._repair.lam)
+            initial = wide if columns is None else wide[:, columns]
+            whole = repair.solve(moments, initial, columns, self._repair.lam)
+            solved = repair.weakened(initial, whole, self._repair.strength)
+            if solved is not whole:
+                ahead[name] = self._stored(whole)
         if solved is not None:
-            name = f"sublayers.{visit.index}.{output_name(spec)}"
-            self._store.put(name, solved.to(device="cpu", dtype=self._parent.dtype))
-        checkpoint = self._checkpoint()
+            self._store.put(name, self._stored(solved))
+        checkpoint = self._checkpoint(ahead)
         return SublayerLoader(checkpoint.spec, checkpoint.tensor, self._device, self._parent.dtype).sublayer(
             visit.index
         )
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        return weight.to(device="cpu", dtype=self._parent.dtype)

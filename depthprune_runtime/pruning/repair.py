@@ -8,6 +8,10 @@ token. Only G = sum w z'z and B = sum w z'r are needed, accumulated in one pass.
 
 Token weights `rms` are 1 / mean(target_t^2): the next norm divides by that size, so an error counts relative to
 it. Without them a few tokens with massive activations decide the solution.
+
+`strength` below 1 writes W0 + strength (W - W0), while the walk goes on with W: a model between the pruned and the
+repaired one, which keeps more of what the calibration text does not show, as between a model and its fine-tuned self
+(Wortsman et al., arXiv 2109.01903).
 """
 
 from __future__ import annotations
@@ -68,3 +72,8 @@ def solve(moments: Moments, initial: Tensor, columns: Tensor | None, lam: float)
     right += moments.cross if columns is None else moments.cross[columns]
     linalg.add_ridge_(system, lam)
     return start + linalg.cholesky_solve_(linalg.cholesky_(system), right).T
+
+
+def weakened(initial: Tensor, repaired: Tensor, strength: float) -> Tensor:  # [C, k] each
+    """The weight that is written, in the dtype of `repaired`."""
+    return repaired if strength == 1.0 else torch.lerp(initial.to(repaired.dtype), repaired, strength)

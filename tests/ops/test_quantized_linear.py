@@ -69,9 +69,7 @@ def test_half_formats_are_rounded_once(level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("tokens", "channels"), [(1, 16), (3, 64), (9, 80), (257, 96), (520, 208), (4, 40)], ids=str
-)
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 16), (3, 64), (9, 80), (257, 96), (520, 208), (4, 40)], ids=str)
 def test_gated_is_silu_mul_of_the_projection(level, dtype, tokens, channels):
     """Bit for bit, so that a decode step, which does one after the other, agrees with a prompt."""
     for spec, columns in ((QuantSpec(8, 32), 96), (QuantSpec(4, 64, False), 100)):

@@ -14,6 +14,7 @@ import torch
 
 from depthprune_runtime import Runtime, prune
 from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning import states
 from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
 from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
@@ -92,6 +93,31 @@ def test_a_repair_of_what_was_edited_touches_what_answers_for_it(pico_file, pico
     changed = {n for n in plain.spec.tensor_shapes() if not torch.equal(plain.tensor(n), repaired.tensor(n))}
     assert changed == {f"{expected}_proj.weight"}
     assert error(pico_runtime, repaired) < error(pico_runtime, plain)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(
+    ("edits", "narrowing"),
+    [((Drop(4), Drop(5)), None), ((Flatten((1, 2)),), Narrowing({2: 3, 3: 80}, FlattenGPTOptions()))],
+    ids=["dropped", "narrowed"],
+)
+def test_strength_lies_between_the_pruned_and_the_repaired_weights(pico_file, edits, narrowing, strength):
+    whole, plan = rebuilt(pico_file, edits, narrowing, RepairOptions())
+    part, same = rebuilt(pico_file, edits, narrowing, RepairOptions(strength=strength))
+    assert same == plan  # the walk goes on at full strength: nothing later differs
+    pruned = PrunedCheckpoint(open_checkpoint(pico_file), plan)
+    moved = 0
+    for name in pruned.spec.tensor_shapes():
+        start, end = pruned.tensor(name).float(), whole.tensor(name).float()
+        moved += not torch.equal(start, end)
+        torch.testing.assert_close(part.tensor(name).float(), start + strength * (end - start), rtol=1e-5, atol=1e-6)
+    assert moved > 1
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan"), "much"])
+def test_a_strength_that_is_no_share_is_refused(strength):
+    with pytest.raises(InputError, match="repair strength: expected a number from"):
+        RepairOptions(strength=strength)
 
 
 @pytest.mark.parametrize("repair", [None, RepairOptions()])
