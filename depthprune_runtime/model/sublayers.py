@@ -79,7 +79,7 @@ class Attention:
                 ops.head_rms_norm(k, self.k_norm, self._eps)
             ops.rotary(q, k, table, batch.positions)
         bounds = batch.cu_seqlens
-        # One query a request reads the cache once, more would read it as often.
+        # A query alone reads its whole context again: worth it for no more than one a request.
         few = paged is not None and kv is not None and select is not None and select.shape[0] < bounds.shape[0]
         if few and select is not None:
             q = q[select]

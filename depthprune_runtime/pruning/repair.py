@@ -10,8 +10,8 @@ Token weights `rms` are 1 / mean(target_t^2): the next norm divides by that size
 it. Without them a few tokens with massive activations decide the solution.
 
 `strength` below 1 writes W0 + strength (W - W0), while the walk goes on with W: a model between the pruned and the
-repaired one, which keeps more of what the calibration text does not show, as between a model and its fine-tuned self
-(Wortsman et al., arXiv 2109.01903).
+repaired one, meant to keep more of what the calibration text does not show, as models between the original and the
+fine-tuned one do (Wortsman et al., arXiv 2109.01903).
 """
 
 from __future__ import annotations
