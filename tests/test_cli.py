@@ -232,6 +232,14 @@ def test_options_of_another_method_are_refused(pico_file, tmp_path, capsys):
     assert "only finercut" in one_line(capsys, "prune", pico_file, "-o", tmp_path / "out", "--sublayers", 1, "-q")
 
 
+def test_the_strength_of_the_repair_reaches_the_plan(pico_file, tmp_path, capsys):
+    prune = ["prune", pico_file, "-o", tmp_path / "out", "--blocks", 1, "-q", *SMALL]
+    assert "repair strength: expected a number from" in one_line(capsys, *prune, "--repair-strength", 2)
+    assert not (tmp_path / "out").exists()
+    status, out, _ = run(capsys, *prune, "--json", "--repair-strength", 0.75)
+    assert (status, json.loads(out)["plan"]["settings"]["repair"]["strength"]) == (0, 0.75)
+
+
 def test_mamba_becomes_a_folder(tmp_path, capsys):
     import torch
     from transformers import AutoModelForCausalLM, MambaConfig
