@@ -92,14 +92,15 @@ class FlattenGPTOptions:
 class RepairOptions:
     """lam: ridge relative to the mean of the Gram diagonal; weighting: of the tokens; answers_for: whether a dropped
     sub-layer is answered for by the kept one before or after it; scope: which sub-layers are solved anew, all from the
-    first edit on, or only those that were merged or answer for dropped ones; samples, seq_len: windows of the walk,
-    fewer if the text has no more."""
+    first edit on, or only those that were merged or answer for dropped ones; strength: share of every weight's change
+    that is written, None: what suits the method (`STRENGTHS`); samples, seq_len: windows of the walk, fewer if the text
+    has no more."""
 
     lam: float = 0.05
     weighting: Weighting = "rms"
     answers_for: Answers = "before"
     scope: Scope = "all"
-    strength: float = 1.0
+    strength: float | None = None
     samples: int = 128
     seq_len: int = 512
 
@@ -108,8 +109,16 @@ class RepairOptions:
         _choice("repair weighting", self.weighting, WEIGHTINGS)
         _choice("repair answers_for", self.answers_for, ANSWERS)
         _choice("repair scope", self.scope, SCOPES)
-        _number("repair strength", self.strength, 0.0, 1.0)
+        if self.strength is not None:
+            _number("repair strength", self.strength, 0.0, 1.0)
 
+    def suited(self, method: str) -> RepairOptions:
+        """With every choice that is left to the method decided."""
+        return self if self.strength is not None else replace(self, strength=STRENGTHS[method])
+
+
+# By perplexity of WikiText-2 valid, SmolLM2-135M-Instruct calibrated on WikiText-2 train.
+STRENGTHS: dict[str, float] = {"shortgpt": 1.0, "finercut": 0.75, "flattengpt": 1.0}
 
 MethodOptions = ShortGPTOptions | FinerCutOptions | FlattenGPTOptions
 METHOD_OPTIONS: dict[str, type[ShortGPTOptions] | type[FinerCutOptions] | type[FlattenGPTOptions]] = {

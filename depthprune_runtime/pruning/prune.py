@@ -181,8 +181,9 @@ def prune(
     max_shard_size = parse_size(max_shard_size)
     request = Request(blocks, sublayers, sparsity)
     request.check(method)
-    mending = _repair_options(repair)
-    chosen = resolved(method_options(method, options), mending is not None)
+    own = method_options(method, options)
+    mending = _repair_options(repair, method)
+    chosen = resolved(own, mending is not None)
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
     _check_request(request, parent.spec, chosen)
@@ -199,12 +200,12 @@ def prune(
     return PruneResult(path, parent.spec, pruned.spec, plan)
 
 
-def _repair_options(repair: Repair | RepairOptions) -> RepairOptions | None:
+def _repair_options(repair: Repair | RepairOptions, method: Method) -> RepairOptions | None:
     if isinstance(repair, RepairOptions):
-        return repair
+        return repair.suited(method)
     if repair not in REPAIRS:
         raise InputError(f"repair: expected one of {', '.join(REPAIRS)}, got {repair!r}")
-    return RepairOptions() if repair == "ridge" else None
+    return RepairOptions().suited(method) if repair == "ridge" else None
 
 
 def _check_request(request: Request, spec: DecoderSpec, options: MethodOptions) -> None:

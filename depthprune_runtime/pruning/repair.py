@@ -74,6 +74,6 @@ def solve(moments: Moments, initial: Tensor, columns: Tensor | None, lam: float)
     return start + linalg.cholesky_solve_(linalg.cholesky_(system), right).T
 
 
-def weakened(initial: Tensor, repaired: Tensor, strength: float) -> Tensor:  # [C, k] each
-    """The weight that is written, in the dtype of `repaired`."""
-    return repaired if strength == 1.0 else torch.lerp(initial.to(repaired.dtype), repaired, strength)
+def weakened(initial: Tensor, repaired: Tensor, strength: float | None) -> Tensor:  # [C, k] each
+    """The weight that is written, in the dtype of `repaired`; strength: None writes the whole change."""
+    return repaired if strength in (None, 1.0) else torch.lerp(initial.to(repaired.dtype), repaired, strength)
