@@ -121,11 +121,12 @@ struct PackedPanels {
 
 }  // namespace
 
-bool has_gemm() { return level() == Level::avx2 || level() >= Level::avx512_bf16; }
+bool has_gemm() { return level() >= Level::avx2; }
 
 const GemmKernel& gemm_kernel(int64_t tokens) {
   if (level() >= Level::amx && tokens > kMostStepTokens) return kGemmAmx;
   if (level() >= Level::avx512_bf16) return kGemmAvx512Bf16;
+  if (level() >= Level::avx512) return kGemmAvx512;
   return has_gemm() ? kGemmAvx2 : kGemmGeneric;
 }
 

@@ -4,7 +4,8 @@
 //
 // A panel holds 16 weight rows, pairs of K over the rows: [K' / 2, 16, 2], K' = K rounded up to 32, zeros behind the ends.
 // A register of it meets one pair of a token: sums need no reduction, and a panel is one stretch of memory. A sum takes its
-// products in the order of K, so a token's result depends on neither the other tokens nor the threads.
+// products in the order of K (AVX-512 without BF16: even and odd ones apart), so a token's result depends on neither the
+// other tokens nor the threads.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +42,7 @@ struct GemmKernel {
 extern const GemmKernel kGemmGeneric;
 // Null where the compiler or the processor family lacks the level.
 extern const GemmKernel kGemmAvx2;
+extern const GemmKernel kGemmAvx512;
 extern const GemmKernel kGemmAvx512Bf16;
 extern const GemmKernel kGemmAmx;
 
@@ -50,8 +52,7 @@ constexpr int64_t kMostStepTokens = 64;
 // The kernel of the level in force.
 const GemmKernel& gemm_kernel(int64_t tokens);
 
-// Whether the level in force has a kernel for bfloat16. AVX-512 without BF16 has none: torch takes blocked products of its
-// own there, whose speed was not measured.
+// Whether the level in force has a kernel of its own: else torch multiplies many tokens.
 bool has_gemm();
 
 // All outputs by a weight in panels [N / 16 rounded up, panel_words].

@@ -25,7 +25,6 @@ namespace depthprune {
 namespace {
 
 #include "cpu/gemm_epilogue.h"
-#include "cpu/transpose16.h"
 
 constexpr int kStreamedTokens = 16;
 constexpr int64_t kPage = 4096, kLine = 64;  // bytes: of all sets of a first-level cache, of a line
@@ -158,29 +157,13 @@ void run(
   }
 }
 
-DEPTHPRUNE_TARGET void pack(
-    const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel) {
-  for (int64_t k = 0; k < in_features; k += 32) {
-    const int64_t width = in_features - k;
-    const __mmask32 mask = width >= 32 ? 0xffffffffu : (1u << width) - 1u;
-    __m512i in[kGemmRows];
-#pragma GCC unroll 16
-    for (int i = 0; i < kGemmRows; ++i) {
-      in[i] = i < count ? _mm512_maskz_loadu_epi16(mask, rows + i * stride + k) : _mm512_setzero_si512();
-    }
-    transpose16(in, panel + k / 2 * kGemmRows, kGemmRows);
-  }
-}
-
 }  // namespace
 
 const GemmKernel kGemmAvx512Bf16{&run, kVectors * kGemmRows, kGatedVectors / 2 * kGemmRows};
-const GemmPack kGemmPackAvx512 = &pack;
 
 }  // namespace depthprune
 #else
 namespace depthprune {
 const GemmKernel kGemmAvx512Bf16{};
-const GemmPack kGemmPackAvx512 = nullptr;
 }  // namespace depthprune
 #endif

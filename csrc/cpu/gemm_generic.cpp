@@ -52,7 +52,7 @@ DEPTHPRUNE_CLONES void run(
 const GemmKernel kGemmGeneric{&run, kGemmRows, kGemmRows};
 
 void pack_panel(const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel) {
-  if (level() >= Level::avx512_bf16) return kGemmPackAvx512(rows, stride, count, in_features, panel);
+  if (level() >= Level::avx512) return kGemmPackAvx512(rows, stride, count, in_features, panel);
   if (has_gemm()) return kGemmPackAvx2(rows, stride, count, in_features, panel);
   std::memset(panel, 0, (in_features + 31) / 32 * 16 * kGemmRows * sizeof(uint32_t));
   for (int64_t r = 0; r < count; ++r) {

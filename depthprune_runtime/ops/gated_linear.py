@@ -3,7 +3,7 @@
     out_tf = silu(x_t . g_f (+ b_f)) * (x_t . u_f (+ b_(F + f)))      g, u: gate and up rows of one weight
 
 The reference is `silu_mul` of `linear`, each with the kernels of its device; both round in between. A kernel of this
-op's own (CUDA; the CPU for more than 64 bfloat16 tokens with AVX2, AVX-512 BF16 or AMX) rounds once and never writes
+op's own (CUDA; the CPU for more than 64 bfloat16 tokens from AVX2 on) rounds once and never writes
 the [T, 2F] between them. Which of the two runs may depend on the number of tokens, and with it a token's last bits.
 """
 

@@ -4,10 +4,10 @@
 
 The C++ kernels (generic, AVX2, AVX-512, AVX-512 BF16, AMX; chosen at run time) sum in float32 in an order that depends
 on K alone, and round once. Up to 64 tokens (4 without AVX2; float16 ones 256 at a time, any number of them unless
-there is AMX) they read the weight once, as it is; more bfloat16 tokens are a blocked matrix product, except where
-AVX-512 comes without BF16. Within either range a token's result is the same bits in any batch and on any number of
-threads. Whatever else comes, and every other device, goes to torch's own linear, whose result for a token may depend on
-the batch. With AVX-512 BF16, subnormal bfloat16 values count as zero.
+there is AMX) they read the weight once, as it is; more bfloat16 tokens are a blocked matrix product from AVX2 on.
+Within either range a token's result is the same bits in any batch and on any number of threads. Whatever else comes,
+and every other device, goes to torch's own linear, whose result for a token may depend on the batch. With AVX-512 BF16,
+subnormal bfloat16 values count as zero.
 """
 
 from __future__ import annotations

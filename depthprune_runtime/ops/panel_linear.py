@@ -2,9 +2,10 @@
 
     out_tn = sum_k x_tk w_nk (+ bias_n), or gated  out_tf = silu(x_t . g_f (+ b_f)) * (x_t . u_f (+ b_(F + f)))
 
-The reference unpacks. The C++ kernels (AVX2, AVX-512 BF16, AMX; plain code elsewhere) sum in float32 in the order of
-K, and round once: a token's result is the same bits in any batch, on any number of threads. With AMX, its matrix unit
-takes more than 64 tokens, and rounds its sums in its own way. From AVX-512 BF16 on, subnormal values count as zero.
+The reference unpacks. The C++ kernels (AVX2, AVX-512, AVX-512 BF16, AMX; plain code elsewhere) sum in float32 in the
+order of K (AVX-512: even and odd columns apart), and round once: a token's result is the same bits in any batch, on any
+number of threads. With AMX, its matrix unit takes more than 64 tokens, and rounds its sums in its own way. From
+AVX-512 BF16 on, subnormal values count as zero.
 """
 
 from __future__ import annotations

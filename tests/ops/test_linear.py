@@ -20,7 +20,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LEVELS = _C.cpu_levels()
 # Levels with a product of their own for many tokens.
 MANY = {
-    torch.bfloat16: ("avx2", "avx512_bf16", "amx"),
+    torch.bfloat16: ("avx2", "avx512", "avx512_bf16", "amx"),
     torch.float16: ("avx2", "avx512", "avx512_bf16"),
     torch.float32: (),
 }

@@ -46,7 +46,7 @@ def assert_product(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) 
 
 def test_cpp_serves_the_cpu_and_panels_pay_where_it_has_kernels() -> None:
     assert implementations("panel_linear")["CPU"] == implementations("pack_panels")["CPU"] == "native"
-    assert panels_pay() == (LEVELS[-1] in ("avx2", "avx512_bf16", "amx"))
+    assert panels_pay() == (LEVELS[-1] != "generic")
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
