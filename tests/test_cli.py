@@ -240,7 +240,7 @@ def test_the_strength_of_the_repair_reaches_the_plan(pico_file, tmp_path, capsys
     assert (status, json.loads(out)["plan"]["settings"]["repair"]["strength"]) == (0, 0.75)
 
 
-@pytest.mark.parametrize(("method", "strength"), [("shortgpt", 1.0), ("finercut", 0.75), ("flattengpt", 1.0)])
+@pytest.mark.parametrize(("method", "strength"), [("shortgpt", 1.0), ("finercut", 0.6), ("flattengpt", 1.0)])
 def test_a_method_has_its_own_strength_of_the_repair(pico_file, tmp_path, capsys, method, strength):
     prune = ["prune", pico_file, "-o", tmp_path / "out", "--blocks", 1, "-q", *SMALL, "--method", method, "--json"]
     status, out, _ = run(capsys, *prune)

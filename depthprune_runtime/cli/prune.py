@@ -211,7 +211,7 @@ def _add_method_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--repair-answers-for", choices=ANSWERS, help="who answers for a dropped sub-layer")
     g.add_argument("--repair-scope", choices=SCOPES, help="what is solved anew: all, or what the plan touches")
     g.add_argument(
-        "--repair-strength", type=float, metavar="S", help="share of the change that is written (finercut 0.75, else 1)"
+        "--repair-strength", type=float, metavar="S", help="share of the change that is written (finercut 0.6, else 1)"
     )
     g.add_argument("--repair-samples", type=int, metavar="N", help="windows of the repair's walk")
 

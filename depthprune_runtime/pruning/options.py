@@ -117,8 +117,9 @@ class RepairOptions:
         return self if self.strength is not None else replace(self, strength=STRENGTHS[method])
 
 
-# By perplexity of WikiText-2 valid, SmolLM2-135M-Instruct calibrated on WikiText-2 train.
-STRENGTHS: dict[str, float] = {"shortgpt": 1.0, "finercut": 0.75, "flattengpt": 1.0}
+# FinerCut does not know that a repair follows; the whole change costs zero-shot accuracy where it drops much. So the
+# least that keeps the perplexity of WikiText-2 valid at 9 of 30 blocks (SmolLM2-135M-Instruct, WikiText-2 train).
+STRENGTHS: dict[str, float] = {"shortgpt": 1.0, "finercut": 0.6, "flattengpt": 1.0}
 
 MethodOptions = ShortGPTOptions | FinerCutOptions | FlattenGPTOptions
 METHOD_OPTIONS: dict[str, type[ShortGPTOptions] | type[FinerCutOptions] | type[FlattenGPTOptions]] = {
