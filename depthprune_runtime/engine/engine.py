@@ -295,6 +295,7 @@ class Engine:
             self._closed, self._cause = True, cause
             self._groups, self._samplers, self._news = {}, {}, []
             self._cache.pairs.clear()
+            del self._runner  # its decode step holds the tensors, too
 
     def _require_alive(self) -> None:
         if self._closed:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
+import weakref
 
 import pytest
 from engine_runs import GREEDY, KINDS, SPECS, run
@@ -141,6 +143,17 @@ def test_a_closed_engine_says_so():
     assert not e.has_unfinished()
     with pytest.raises(EngineDead, match="it was closed"):
         e.step()
+
+
+def test_a_closed_engine_gives_its_kv_cache_back():
+    e = engine(SPECS["plain"], 30)
+    e.add_request((1,), GREEDY)
+    e.step()
+    held = [weakref.ref(tensor) for pair in e._cache.pairs for tensor in pair or ()]
+    assert e.kv_cache_bytes > 0 and all(ref() is not None for ref in held)
+    e.close()
+    gc.collect()
+    assert e.kv_cache_bytes == 0 and all(ref() is None for ref in held)
 
 
 @pytest.mark.parametrize(
