@@ -1,18 +1,21 @@
 """Projections on the CPU: ops.linear and, in bf16, ops.panel_linear beside torch.nn.functional.linear, weights cold.
 
     python benchmarks/bench_linear.py [--models smollm2-135m llama-1b] [--dtypes bfloat16 ...] [--tokens 1 8 16 64]
-                                      [--level avx2] [--rounds 9] [--threads N] [--json] [--record]
+                                      [--level avx2] [--onednn AVX512_CORE] [--rounds 9] [--threads N] [--json]
+                                      [--record]
 
 Every timing walks through copies of the weight that together exceed `COLD_BYTES`, so that each is read from memory,
 never from a cache; x and the output stay warm. One round runs all candidates and a plain read (the sum of a buffer
 of `COLD_BYTES`) in turn; `of_read` is the weights' bytes per second over that read's, median of the rounds. At many
-tokens arithmetic decides, and the share of the bandwidth says little.
+tokens arithmetic decides, and the share of the bandwidth says little. --level holds our kernels to an instruction set,
+--onednn (a value of ONEDNN_MAX_CPU_ISA) torch's: together they stand for a lesser processor.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,7 +85,7 @@ def measure(
                     "dtype": str(dtype).removeprefix("torch."),
                     "tokens": tokens,
                     "candidate": candidate,
-                    "level": "" if candidate == "torch" else _C.cpu_level(),
+                    "level": (args.onednn or "") if candidate == "torch" else _C.cpu_level(),
                     "rounds": args.rounds,
                     **{f"{key}_ms": round(1e3 * value, 5) for key, value in spread(each).items()},
                     "weights_gb_per_s": round(size / spread(each)["median"] / 1e9, 2),
@@ -101,11 +104,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 64])
     parser.add_argument("--level", choices=_C.cpu_levels(), default=_C.cpu_levels()[-1])
+    parser.add_argument("--onednn", metavar="ISA", help="most that torch's products may use, such as AVX512_CORE")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/linear_cpu.csv")
     args = parser.parse_args()
+    if args.onednn:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = args.onednn  # read at its first product
     torch.set_num_threads(args.threads)
     _C.set_cpu_level(args.level)
     place = environment()
