@@ -1,7 +1,7 @@
 // gemm with AVX-512 but without its BF16 (gemm_widened.h), and panels packed. A panel of 16 outputs meets 12 tokens at a
 // time: 24 registers of sums, those of even and of odd columns apart, or one token would be a chain of additions that
-// memory outruns. torch, held to the same instructions, takes 2.6 to 2.8 times as long at 512 tokens and at least 1.14 times
-// for 1 (two threads of a Zen 4, rows in benchmarks/results/linear_cpu.csv).
+// memory outruns. torch, held to the same instructions, takes 2.6 to 2.8 times as long for 512 tokens and 1.14 to 2.4
+// times for 1 (two threads of a Zen 4, rows in benchmarks/results/linear_cpu.csv).
 #include "cpu/features.h"
 #include "cpu/gemm.h"
 
