@@ -4,15 +4,17 @@
                                    [--runtimes ours llama.cpp ...] [--rounds 3] [--quick] [--json] [--no-record]
 
 Each runtime runs in a process and, the peers, in a virtual environment of its own (`make peers`). All models of one
-precision stay loaded; each round every process does each generation once, in turn, while the others wait without using
-the CPU (how much they used is measured and printed). Everybody decodes greedily, the same prompts of token ids, the
-same number of tokens; prompts differ from round to round, and no prefix cache is on. Each round also measures what the
-machine can do: reading a large buffer, reading one of the model's size, a bf16 matrix product.
+precision stay loaded; a round has up to three turns of each generation, the shorter the more, and in a turn one process
+after the other does it while the rest wait without using the CPU (how much they used is measured and printed).
+Everybody decodes greedily, the same prompts of token ids, the same number of tokens; prompts differ from turn to turn,
+and no prefix cache is on. Before each turn the machine's limits are measured: reading a large buffer, reading one of
+the model's size, a bf16 matrix product. Ratios and shares compare what stands in one turn; `rounds` counts turns.
 
 decode1@N: tokens a second after the first, batch 1, N tokens of prompt; decode8: of 8 prompts of 32 together;
 prefill512: prompt tokens a second up to the first token, whose time is `ttft512`. load_s: from the path to a model
 ready for requests, files in the page cache, runtime imported; vLLM's has its compilation in it.
 rss_mb: resident memory after a generation of 16 tokens at batch 1, `rss_baseline_mb`: before loading the model.
+gain_of_bytes: a pruned model's speedup over ours dense as a share of the ratio of bytes that a token reads.
 same_tokens: how many of the first 16 greedy tokens are those of ours, dense, in the same precision.
 Models that do not fit in memory together are measured in two groups, `ours` dense in both, which links the ratios.
 
@@ -76,6 +78,7 @@ def line(row: dict[str, Any]) -> str:
     name = f"{row['runtime']} {row['variant']}".strip()
     share = f"{100 * float(row['of_limit']):4.0f}% of read" if row["of_limit"] else " " * 13
     ratio = f"{float(row['ratio_to_best_peer']):6.2f}x {row['best_peer']}" if row["ratio_to_best_peer"] else ""
+    ratio += f"  {float(row['gain_of_bytes']):.2f} of what bytes promise" if row["gain_of_bytes"] else ""
     return (
         f"{row['model']:<16}{row['precision']:<6}{name:<22}{row['what']:<16}{row['median']:>10.4g} {row['unit']:<9}"
         f"[{row['q1']:.4g} .. {row['q3']:.4g}]  {share}  {row['same_tokens']:<6}{ratio}"

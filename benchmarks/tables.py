@@ -226,6 +226,19 @@ def _cpu_cell(row: Row | None) -> str:
     return f"{value:,.1f}" + (f" ({float(row['ratio_to_best_peer']):.2f}x)" if compared else "")
 
 
+def gain_table() -> str:
+    """Decode at batch 1: what pruned models gain, as a share of what the bytes they no longer read promise."""
+    models = {"smollm2-135m": "SmolLM2-135M", "random-llama-1b": "random 1B Llama"}
+    rows = last([r for r in read("cpu") if r["what"] == "decode1@32"], "model", "precision", "variant", "runtime")
+    variants = dict.fromkeys(r["variant"] for r in rows.values() if r["gain_of_bytes"])
+    columns = [(model, precision) for model in models for precision in ("bf16", "int8", "int4")]
+    lines = []
+    for variant in variants:
+        gains = [rows.get((*column, variant, "ours"), {}).get("gain_of_bytes") for column in columns]
+        lines.append([variant, *(f"{float(gain):.2f}" if gain else "" for gain in gains)])
+    return markdown(("", *(f"{models[model]}, {precision}" for model, precision in columns)), lines)
+
+
 def quantization_table() -> str:
     """What quantised models lose, alone and with pruning in both orders."""
     rows = last(read("quantization"), "variant")
@@ -241,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
     "cpu": lambda: cpu_table("smollm2-135m"),
     "cpu-1b": lambda: cpu_table("random-llama-1b"),
+    "gain": gain_table,
     "cpu-avx2": lambda: cpu_table("smollm2-135m", "cpu_avx2"),
     "quality": quality_table,
     "ablation": ablation_table,

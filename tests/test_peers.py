@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
 
 from peers import weights  # noqa: E402
-from peers.measure import Measured, prompts  # noqa: E402
-from peers.rows import Ratios  # noqa: E402
+from peers.measure import CASES, Machine, Measured, measure, prompts  # noqa: E402
+from peers.processes import WorkerError  # noqa: E402
+from peers.rows import Ratios, gain_of_bytes, limit_share  # noqa: E402
 from peers.runtimes import Candidate  # noqa: E402
 from worker import Stopwatch  # noqa: E402
 
@@ -94,3 +96,54 @@ def test_ratios_pair_the_rounds_and_reach_over_groups():
     ratios.see([again, pruned])
     assert ratios.of(pruned, "speed", [again, pruned]) == ("0.750", "llama.cpp")
     assert ratios.of(pruned, "other", [again, pruned]) == ("", "")
+
+
+def test_gain_is_the_speedup_over_dense_by_the_bytes_that_a_token_reads():
+    def model(variant: str, nbytes: int, *rates: float) -> Measured:
+        one = shown("ours", variant, **{"decode1@32": list(rates), "prefill512": list(rates)})
+        one.candidate = Candidate("ours", variant, Path(), nbytes, 10)
+        return one
+
+    dense, pruned = model("dense", 3620, 10.0, 30.0), model("shortgpt 25%", 1620, 15.0, 60.0)
+    group = [dense, pruned]
+    assert gain_of_bytes(pruned, "decode1@32", 12, group) == "0.875"  # 1.5 and 2 of 4000 / 2000 bytes
+    assert gain_of_bytes(pruned, "prefill512", 12, group) == ""
+    assert gain_of_bytes(dense, "decode1@32", 12, group) == ""
+    assert gain_of_bytes(pruned, "decode1@32", 12, [pruned]) == ""
+
+
+class _Worker:
+    """Stands for a process: takes a second a token, and breaks at the request `breaks`."""
+
+    def __init__(self, breaks: int = -1) -> None:
+        self.seen: list[tuple[int, int]] = []
+        self._breaks = breaks
+
+    def ask(self, do: str, prompts: list[list[int]], tokens: int) -> dict[str, float]:
+        if len(self.seen) == self._breaks:
+            raise WorkerError("broken")
+        self.seen.append((len(prompts), len(prompts[0])))
+        return {"first_s": 1.0, "total_s": float(tokens), "after": tokens - 1}
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        pass
+
+
+def test_every_turn_has_all_who_are_left_and_the_limits_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("peers.measure.SETTLE_SECONDS", 0)
+    monkeypatch.setattr("peers.measure.BUFFER_BYTES", 4096)
+    monkeypatch.setattr("peers.measure.MATMUL", 8)
+    good, bad = _Worker(), _Worker(breaks=len(CASES) + 1)
+    running = [Measured(Candidate(name, "dense", Path(), 4000, 0), w, "", []) for name, w in (("a", good), ("b", bad))]  # type: ignore[arg-type]
+    machine = Machine(4000)
+    measure(running, machine, 1000, 3, argparse.Namespace(rounds=2, cases=list(CASES)))
+    assert [one.candidate.runtime for one in running] == ["a"]
+    for name, case in CASES.items():
+        assert len(running[0].samples[name]) == len(machine.read_model[name]) == 2 * case.turns
+        assert good.seen.count((case.batch, case.length)) == 1 + 2 * case.turns
+    assert len(machine.samples["read_large"]) == 2 * sum(case.turns for case in CASES.values())
+    machine.read_model["decode1@32"] = [8e-6] * 6  # GB/s; a token a second reads 4000 bytes
+    assert limit_share(running[0], "decode1@32", 3, machine) == ("4000", "0.500", "read_model")

@@ -1,4 +1,4 @@
-"""Rounds of bench_cpu.py: every process generates once in turn, and the machine's limits are measured beside them."""
+"""Rounds of bench_cpu.py: every process generates in turn, and the machine's limits are measured before every turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,23 @@ from peers.runtimes import Candidate, Files
 
 CONTEXT = 1280  # positions that every runtime must hold at batch 1
 BATCH = 8
-CASES = {"decode1@32": (1, 32), "decode1@1024": (1, 1024), "decode8": (BATCH, 32), "prefill512": (1, 512)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts generated from together and tokens of each. turns: in a round; the shorter, the more."""
+
+    batch: int
+    length: int
+    turns: int = 1
+
+
+CASES = {
+    "decode1@32": Case(1, 32, turns=3),
+    "decode1@1024": Case(1, 1024),
+    "decode8": Case(BATCH, 32),
+    "prefill512": Case(1, 512, turns=2),
+}
 CHECK_PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is"
 CHECK_TOKENS = 16
 SETTLE_SECONDS = 0.1  # thread pools spin for some milliseconds after their last work
@@ -26,7 +42,7 @@ MATMUL = 2048
 
 @dataclass
 class Measured:
-    """A process and what it has shown so far. samples: by case, one value a round."""
+    """A process and what it has shown so far. samples: by case, one value a turn."""
 
     candidate: Candidate
     worker: Worker
@@ -76,7 +92,11 @@ def start(candidate: Candidate, files: Files, precision: str, threads: int, logs
 
 
 class Machine:
-    """Limits of the machine, measured beside the runtimes."""
+    """Limits of the machine, measured beside the runtimes.
+
+    samples: of every turn; read_model: those of reading the model's size by the case they stand beside. Memory that
+    others use as well can change its speed within a minute.
+    """
 
     def __init__(self, model_bytes: int) -> None:
         self._large = torch.ones(max(BUFFER_BYTES, model_bytes) // 4)
@@ -86,8 +106,9 @@ class Machine:
         self._a = torch.randn(MATMUL, MATMUL, dtype=dtype)
         self._matmul = "matmul_bf16" if dtype == torch.bfloat16 else "matmul_fp32"
         self.samples: dict[str, list[float]] = {"read_large": [], "read_model": [], self._matmul: []}
+        self.read_model: dict[str, list[float]] = {}
 
-    def round(self, record: bool) -> None:
+    def measure(self, case: str) -> None:
         def seconds(run: Callable[[], object]) -> float:
             taken = []
             for _ in range(3):  # a limit: the best counts
@@ -101,15 +122,16 @@ class Machine:
             "read_model": self._model.nbytes / 1e9 / seconds(self._model.sum),
             self._matmul: 2 * MATMUL**3 / 1e9 / seconds(lambda: self._a @ self._a),
         }
-        for name, value in values.items() if record else ():
+        for name, value in values.items():
             self.samples[name].append(value)
+        self.read_model.setdefault(case, []).append(values["read_model"])
 
 
 def prompts(case: str, number: int, vocab_size: int) -> list[list[int]]:
-    """Token ids of round `number`: fixed, other ones every round."""
-    count, length = CASES[case]
+    """Token ids of turn `number`: fixed, other ones every turn."""
+    shape = CASES[case]
     source = random.Random(f"{case} {number}")
-    return [[source.randrange(100, vocab_size) for _ in range(length)] for _ in range(count)]
+    return [[source.randrange(100, vocab_size) for _ in range(shape.length)] for _ in range(shape.batch)]
 
 
 def generate(one: Measured, running: Sequence[Measured], case: str, ids: list[list[int]], tokens: int) -> None:
@@ -130,24 +152,32 @@ def generate(one: Measured, running: Sequence[Measured], case: str, ids: list[li
 def measure(running: list[Measured], machine: Machine, vocab_size: int, tokens: int, args: argparse.Namespace) -> None:
     """All rounds, after a warm-up that is short but of every shape. Who fails leaves `running`."""
 
-    def turn(one: Measured, case: str, number: int) -> None:
+    def run(one: Measured, case: str, number: int) -> None:
         if number >= 0:
             count = 1 if case == "prefill512" else tokens
             generate(one, running, case, prompts(case, number, vocab_size), count)
         else:
             one.worker.ask("run", prompts=prompts(case, number, vocab_size), tokens=1 if case == "prefill512" else 3)
 
-    for number in range(-1, args.rounds):
-        machine.round(record=number >= 0)
+    def turn(case: str, number: int) -> None:
+        if number >= 0:
+            machine.measure(case)
+        shift = number % max(1, len(running))  # nobody is always first
+        for one in running[shift:] + running[:shift]:
+            try:
+                run(one, case, number)
+            except WorkerError as error:
+                skipped(one.candidate.label, str(error))
+                one.worker.close()
+                running.remove(one)
+
+    for case in args.cases:
+        turn(case, -1)
+    for number in range(args.rounds):
         for case in args.cases:
-            shift = number % max(1, len(running))  # nobody is always first
-            for one in running[shift:] + running[:shift]:
-                try:
-                    turn(one, case, number)
-                except WorkerError as error:
-                    skipped(one.candidate.label, str(error))
-                    one.worker.close()
-                    running.remove(one)
+            turns = CASES[case].turns
+            for t in range(turns):
+                turn(case, number * turns + t)
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
 
 

@@ -21,7 +21,7 @@ _UNITS |= {"read_large": "GB/s", "read_model": "GB/s"}
 
 
 class Ratios:
-    """How many times better than the best peer, by case, the same rounds compared.
+    """How many times better than the best peer, by case, the same turns compared.
 
     link: samples of `ours` dense beside the peers, used for a second group, in which it runs again without them.
     """
@@ -65,10 +65,24 @@ def limit_share(one: Measured, what: str, tokens: int, machine: Machine) -> tupl
     """
     if not what.startswith("decode"):
         return "", "", ""
-    batch, length = CASES[what]
-    size = one.candidate.weight_bytes / batch + one.candidate.kv_bytes * (length + tokens / 2)
+    size = _bytes_per_token(one, what, tokens)
     used = [size * rate / 1e9 for rate in one.samples[what]]
-    return str(round(size)), f"{paired_ratio(used, machine.samples['read_model']):.3f}", "read_model"
+    return str(round(size)), f"{paired_ratio(used, machine.read_model[what]):.3f}", "read_model"
+
+
+def _bytes_per_token(one: Measured, what: str, tokens: int) -> float:
+    case = CASES[what]
+    return one.candidate.weight_bytes / case.batch + one.candidate.kv_bytes * (case.length + tokens / 2)
+
+
+def gain_of_bytes(one: Measured, what: str, tokens: int, group: Sequence[Measured]) -> str:
+    """Decode of a pruned model: its speedup over ours dense in the same turns, as a share of the ratio of bytes a token
+    reads; 1 where pruning pays in full. Otherwise empty."""
+    dense = next((m for m in group if m.candidate.label == "ours"), None)
+    if dense is None or one.candidate.runtime != "ours" or one is dense or not what.startswith("decode"):
+        return ""
+    promised = _bytes_per_token(dense, what, tokens) / _bytes_per_token(one, what, tokens)
+    return f"{paired_ratio(one.samples[what], dense.samples[what]) / promised:.3f}"
 
 
 def _row(what: str, values: Sequence[float]) -> dict[str, Any]:
@@ -108,6 +122,7 @@ def rows_of(
                     "limit": limit,
                     "ratio_to_best_peer": ratio,
                     "best_peer": best,
+                    "gain_of_bytes": gain_of_bytes(one, what, tokens, group),
                     "same_tokens": same,
                     "settings": one.settings,
                 }
