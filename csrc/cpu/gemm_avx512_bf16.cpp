@@ -29,7 +29,9 @@ namespace {
 constexpr int kStreamedTokens = 16;
 constexpr int64_t kPage = 4096, kLine = 64;  // bytes: of all sets of a first-level cache, of a line
 constexpr int64_t kLines = 8;                // of a set
-constexpr int64_t kAhead = 4096;             // bytes from a streamed register to what is asked for
+// Bytes from a streamed register to what is asked for, and into which level of caches: by measurement.
+constexpr int64_t ahead_of(int tokens) { return tokens == 1 ? 2048 : 4096; }
+constexpr auto level_of(int tokens) { return tokens == 1 || tokens > 4 ? _MM_HINT_T1 : _MM_HINT_T0; }
 constexpr int kVectors = 3;
 constexpr int kTokens = 8;
 constexpr int kGatedVectors = 4;
@@ -48,8 +50,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_pair(
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const uint32_t* from = panels[v] + k * kGemmRows;
-    // Which level: as prefetch_ahead of quantized_kernel.h.
-    if constexpr (stream) _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, S > 4 ? _MM_HINT_T1 : _MM_HINT_T0);
+    if constexpr (stream) _mm_prefetch(reinterpret_cast<const char*>(from) + ahead_of(S), level_of(S));
     columns[v] = (__m512bh)_mm512_loadu_si512(from);
   }
 #pragma GCC unroll 16

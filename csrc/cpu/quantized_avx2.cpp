@@ -26,6 +26,9 @@ struct Avx2 {
   static constexpr int kPanels = 1;
   static constexpr int kTokens = 4;  // 8 integer sums of 16 registers; the float ones wait in memory
   static constexpr int kStreamed = 2;
+  template <int bits, int S>
+  static constexpr bool kSecondLevel = false;
+  template <int bits, int S>
   static constexpr int64_t kAhead = 1024;
   using Int = __m256i;
   using Float = __m256;

@@ -21,6 +21,9 @@ struct Plain {
   static constexpr int kPanels = 1;
   static constexpr int kTokens = 2;
   static constexpr int kStreamed = 1;
+  template <int bits, int S>
+  static constexpr bool kSecondLevel = S > 4;
+  template <int bits, int S>
   static constexpr int64_t kAhead = 256;
   struct Int {
     int32_t rows[kPanelRows];

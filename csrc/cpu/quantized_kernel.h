@@ -8,7 +8,8 @@
 // A trait V has:
 //   kRegisters                  registers for the 16 rows of a panel
 //   kPanels, kTokens            panels and most tokens of a block
-//   kStreamed, kAhead           most tokens with panels read one by one; bytes that these prefetch ahead
+//   kStreamed                   most tokens with panels read one by one
+//   kAhead, kSecondLevel        <bits, S>: bytes that these prefetch ahead; whether into the second level of caches only
 //   Int, Float                  a register of integer or float sums
 //   Codes<bits>                 one tile [16, 4] of 4-bit pairs or of 8-bit codes, ready to be multiplied
 //   start<bits>(sum, zeros)     integer sum to begin with, from what a run's packed inputs say
@@ -17,13 +18,12 @@
 //   add_alone                   total += scale * (x_scale * sum), of a group that is one run
 //   store, kNarrows, narrow     16 totals as they are; whether it rounds them to bfloat16 itself
 
-// Several tokens leave a core too few first-level misses to wait for memory with: their weights go to the second level.
-template <typename V, int S>
+template <typename V, int bits, int S>
 DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void prefetch_ahead(const uint8_t* from) {
-  if constexpr (S > 4) {
-    DEPTHPRUNE_PREFETCH_L2(from + V::kAhead);
+  if constexpr (V::template kSecondLevel<bits, S>) {
+    DEPTHPRUNE_PREFETCH_L2((from + V::template kAhead<bits, S>));
   } else {
-    DEPTHPRUNE_PREFETCH(from + V::kAhead);
+    DEPTHPRUNE_PREFETCH((from + V::template kAhead<bits, S>));
   }
 }
 
@@ -52,7 +52,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void add_run(
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = codes + r * panel_bytes + i * 64;
-      if constexpr (S <= V::kStreamed) prefetch_ahead<V, S>(from);
+      if constexpr (S <= V::kStreamed) prefetch_ahead<V, bits, S>(from);
       tile[r].load(from);
     }
 #pragma GCC unroll 8

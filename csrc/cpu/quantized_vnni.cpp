@@ -29,7 +29,11 @@ struct Vnni {
   static constexpr int kPanels = 2;
   static constexpr int kTokens = 6;  // 12 integer and 12 float sums of 32 registers
   static constexpr int kStreamed = 8;
-  static constexpr int64_t kAhead = 4096;
+  // A core has few first-level misses to wait for memory with, which 8-bit weights and several tokens run out of.
+  template <int bits, int S>
+  static constexpr bool kSecondLevel = bits == 8 || S > 4;
+  template <int bits, int S>
+  static constexpr int64_t kAhead = bits == 8 && S <= 2 ? 2048 : 4096;
   using Int = __m512i;
   using Float = __m512;
   using Scales = __m512;
