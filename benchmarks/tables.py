@@ -1,7 +1,7 @@
-"""Tables of the README and their plot, made from the rows under benchmarks/results.
+"""Tables of README.md and benchmarks/README.md and their plot, made from the rows under benchmarks/results.
 
-    python benchmarks/tables.py           # rewrites the marked parts of README.md and results/quality.svg
-    python benchmarks/tables.py --check   # says whether README.md agrees with the rows; exit status 1 if not
+    python benchmarks/tables.py           # rewrites the marked parts of both and results/quality.svg
+    python benchmarks/tables.py --check   # says whether both agree with the rows; exit status 1 if not
     python benchmarks/tables.py --json    # the tables' rows
 
 A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`. Of several rows of one configuration the last
@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 LIMIT = 500  # rows of a zero-shot task
 Row = Mapping[str, str]
 
@@ -197,6 +198,7 @@ def engine_table() -> str:
 
 
 CPU_SPEEDS = ("decode1@32", "decode1@1024", "decode8", "prefill512")
+CPU_NAMES = ("decode, batch 1", "decode, batch 1, context 1024", "decode, batch 8", "prefill 512")
 CPU_RUNTIMES = ("transformers", "vllm", "llama.cpp", "openvino", "ours")
 
 
@@ -226,6 +228,20 @@ def _cpu_cell(row: Row | None) -> str:
     return f"{value:,.1f}" + (f" ({float(row['ratio_to_best_peer']):.2f}x)" if compared else "")
 
 
+def speed_table() -> str:
+    """The README's choice of `cpu`: the best peer of every case and ours, with the ratio to it."""
+    rows = last([r for r in read("cpu") if r["model"] == "smollm2-135m"], "precision", "runtime", "variant", "what")
+    variants = dict.fromkeys(key[2] for key in rows if key[1] == "ours")
+    lines = []
+    for precision in ("bf16", "int8", "int4"):
+        for what, name in zip(CPU_SPEEDS, CPU_NAMES, strict=True):
+            own = [rows.get((precision, "ours", variant, what)) for variant in variants]
+            best = next((row["best_peer"] for row in own if row), "")
+            peer = rows.get((precision, best, "dense", what))
+            lines.append([precision, name, f"{_cpu_cell(peer)} {best}".strip(), *map(_cpu_cell, own)])
+    return markdown(("", "", "best peer", *(f"ours, {variant}" for variant in variants)), lines)
+
+
 def gain_table() -> str:
     """Decode at batch 1: what pruned models gain, as a share of what the bytes they no longer read promise."""
     models = {"smollm2-135m": "SmolLM2-135M", "random-llama-1b": "random 1B Llama"}
@@ -252,6 +268,7 @@ def quantization_table() -> str:
 # the modules named here import this one
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
+    "speed": speed_table,
     "cpu": lambda: cpu_table("smollm2-135m"),
     "cpu-1b": lambda: cpu_table("random-llama-1b"),
     "gain": gain_table,
@@ -312,15 +329,17 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
     if args.json:
         print(json.dumps(quality_rows(), indent=2))
-    elif args.check:
-        if filled(text) != text:
-            sys.exit("README.md: its tables do not agree with benchmarks/results; run python benchmarks/tables.py")
-    else:
-        readme.write_text(filled(text), encoding="utf-8")
+        return
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        if not args.check:
+            document.write_text(filled(text), encoding="utf-8")
+        elif filled(text) != text:
+            name = document.relative_to(ROOT)
+            sys.exit(f"{name}: its tables do not agree with benchmarks/results; run python benchmarks/tables.py")
+    if not args.check:
         plot(RESULTS / "quality.svg")
 
 
