@@ -233,7 +233,7 @@ def roofline() -> Plot | None:
     axes.set_xlabel("% of the read bandwidth")
     alt = "Share of the measured read bandwidth that decoding at batch 1 reaches, by precision, runtime and variant"
     note = (
-        "Tokens a second times bytes a token, over the bandwidth of a plain read in the same rounds, which differs "
+        "Tokens a second times bytes a token, over the bandwidth of a plain read in the same turns, which differs "
         "much from run to run on this shared machine. Blue is ours; faded bars are of an older run than the full ones."
     )
     return Plot("roofline", "Share of the roofline, decode at batch 1", alt, note, _svg("roofline", figure, alt))

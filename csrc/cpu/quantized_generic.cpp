@@ -22,7 +22,7 @@ struct Plain {
   static constexpr int kTokens = 2;
   static constexpr int kStreamed = 1;
   template <int bits, int S>
-  static constexpr bool kSecondLevel = S > 4;
+  static constexpr bool kSecondLevel = false;
   template <int bits, int S>
   static constexpr int64_t kAhead = 256;
   struct Int {
