@@ -31,19 +31,29 @@ class RequestGroup:
 class Inputs:
     """What a model needs to know to take requests. Holds no state of any request: threads may share it.
 
-    name: of the checkpoint, for messages; tokenizer: None if it carries none; config: its generation config.
+    name: of the checkpoint, for messages; tokenizer: None if it carries none, or was to be left out (skipped);
+    config: its generation config.
     """
 
-    def __init__(self, name: str, spec: DecoderSpec, tokenizer: Tokenizer | None, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: DecoderSpec,
+        tokenizer: Tokenizer | None,
+        config: Mapping[str, Any],
+        skipped: bool = False,
+    ) -> None:
         self.name = name
         self.spec = spec
         self.tokenizer = tokenizer
+        self._missing = "it was loaded with skip_tokenizer_init" if skipped else "it carries no tokenizer"
         self.default_sampling_params = _default_params(config)
         self._eos_ids = _eos_ids(config, tokenizer)
 
-    def require_tokenizer(self) -> Tokenizer:
+    def require_tokenizer(self, otherwise: str = "text cannot be used; give token ids") -> Tokenizer:
+        """The tokenizer; otherwise: what is impossible without it, for the message."""
         if self.tokenizer is None:
-            raise InputError(f"{self.name}: it carries no tokenizer, so text cannot be used; give token ids")
+            raise InputError(f"{self.name}: {self._missing}, so {otherwise}")
         return self.tokenizer
 
     def check_ids(self, ids: Sequence[int], what: str) -> None:
@@ -84,8 +94,8 @@ class Inputs:
         if params is not None and not isinstance(params, SamplingParams):
             raise InputError(f"sampling_params: expected SamplingParams, got {type(params).__name__}")
         chosen = dataclasses.replace(params or self.default_sampling_params, **options)
-        if chosen.stop and self.tokenizer is None:
-            raise InputError(f"stop: {self.name} carries no tokenizer; use stop_token_ids")
+        if chosen.stop:
+            self.require_tokenizer("stop strings cannot be seen; use stop_token_ids")
         return chosen
 
     def group(

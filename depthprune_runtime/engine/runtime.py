@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, Reques
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.weights import decoder_weights
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.heap import return_free_heap
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.tokenizer import Tokenizer, generation_config
+
+_log = logging.getLogger("depthprune_runtime")
 
 _MAX_RUNNING = 64  # outputs decoded together
 _PREFILL_TOKENS = 4096  # tokens in one forward pass
@@ -32,21 +36,36 @@ _PREFILL_TOKENS = 4096  # tokens in one forward pass
 class Runtime:
     """A loaded model.
 
-    spec: its architecture; tokenizer: None if the checkpoint carries none; default_sampling_params:
-    greedy, or what the model's own generation config asks for.
+    spec: its architecture; tokenizer: None if the checkpoint carries none, or it was to be left out;
+    default_sampling_params: greedy, or what the model's own generation config asks for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mmap: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        mmap: bool = False,
+        skip_tokenizer_init: bool = False,
+    ) -> None:
         self.name = checkpoint.name
         self.spec: DecoderSpec = checkpoint.spec
         self.plan: Mapping[str, Any] | None = checkpoint.plan
         self.provenance: Mapping[str, Any] = checkpoint.provenance
         self.tokenizer: Tokenizer | None = None
-        if "tokenizer.json" in checkpoint.assets:
+        if "tokenizer.json" in checkpoint.assets and not skip_tokenizer_init:
             self.tokenizer = Tokenizer(checkpoint)
-        self._inputs = Inputs(self.name, self.spec, self.tokenizer, generation_config(checkpoint))
+        config = generation_config(checkpoint)
+        if skip_tokenizer_init and config.get("eos_token_id") is None:
+            _log.warning(
+                "%s: without its tokenizer no end token is known, for its generation config names none; outputs end at "
+                "stop_token_ids and max_tokens",
+                self.name,
+            )
+        self._inputs = Inputs(self.name, self.spec, self.tokenizer, config, skip_tokenizer_init)
         self.default_sampling_params = self._inputs.default_sampling_params
         self.decoder = Decoder(self.spec, decoder_weights(checkpoint, device, dtype, mmap), device, dtype)
+        return_free_heap()
 
     @classmethod
     def load(
@@ -56,17 +75,20 @@ class Runtime:
         dtype: str | torch.dtype = "auto",
         verify: bool = True,
         mmap: bool = False,
+        skip_tokenizer_init: bool = False,
     ) -> Runtime:
         """Load our own file, a Hugging Face folder or hub id, or a GGUF file.
 
         device: `auto` is CUDA where there is one; dtype: `auto` is the checkpoint's; verify: check our own file against
         its checksums; mmap: on a CPU, leave the weights of our own file mapped, so that processes share them, rather
-        than copy them into huge pages and the layout that the kernels read fastest.
+        than copy them into huge pages and the layout that the kernels read fastest; skip_tokenizer_init: leave the
+        tokenizer out, for callers that have their own: prompts are token ids, outputs have no text, and what ends them
+        unasked is only the `eos_token_id` of the generation config.
         """
         wanted = resolve_dtype(dtype)
         target = resolve_device(device)
         checkpoint = open_checkpoint(model, wanted, verify)
-        return cls(checkpoint, target, wanted or checkpoint.dtype, mmap)
+        return cls(checkpoint, target, wanted or checkpoint.dtype, mmap, skip_tokenizer_init)
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +97,10 @@ class Runtime:
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.dtype
+
+    def require_tokenizer(self, otherwise: str = "text cannot be used; give token ids") -> Tokenizer:
+        """The tokenizer. Raises InputError if there is none; otherwise: what is impossible then, for the message."""
+        return self._inputs.require_tokenizer(otherwise)
 
     def engine(self, **options: Any) -> Engine:
         """An engine over this model, for serving; options: the keyword arguments of `Engine`."""
@@ -122,7 +148,7 @@ class Runtime:
         **options: Any,
     ) -> RequestOutput:
         """Answer a conversation, rendered with the model's own chat template."""
-        tokenizer = self._inputs.require_tokenizer()
+        tokenizer = self.require_tokenizer()
         prompt = tokenizer.apply_chat_template(messages)
         ids = tokenizer.encode(prompt, add_special_tokens=False)  # the template writes them itself
         output = self.generate([ids], sampling_params, **options)[0]

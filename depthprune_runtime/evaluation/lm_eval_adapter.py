@@ -119,11 +119,10 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt; without a generation prompt the last message is one that the model has begun to write."""
-        if self.tokenizer is None:
-            raise InputError(f"{self.runtime.name}: it carries no tokenizer, so it has no chat template")
+        tokenizer = self.runtime.require_tokenizer("it has no chat template")
         if add_generation_prompt:
-            return self.tokenizer.apply_chat_template(chat_history)
-        return self.tokenizer.apply_chat_template(chat_history[:-1]) + chat_history[-1]["content"]
+            return tokenizer.apply_chat_template(chat_history)
+        return tokenizer.apply_chat_template(chat_history[:-1]) + chat_history[-1]["content"]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval records about the model beside its results."""

@@ -78,9 +78,7 @@ def perplexity(
     limit = runtime.spec.max_position_embeddings
     if seq_len > limit:
         raise InputError(f"seq_len: expected at most the model's context of {limit}, got {seq_len}")
-    tokenizer = runtime.tokenizer
-    if tokenizer is None:
-        raise InputError(f"{runtime.name}: it carries no tokenizer, so text cannot be scored")
+    tokenizer = runtime.require_tokenizer("text cannot be scored")
     ids = tokenizer.encode(rows_joined(text) if rows else text)
     chosen = token_windows(ids, seq_len, windows)
     losses = []

@@ -68,9 +68,7 @@ class _Group:
 
 
 def encode(runtime: Runtime, text: str, add_special_tokens: bool = True) -> list[int]:
-    if runtime.tokenizer is None:
-        raise InputError(f"{runtime.name}: it carries no tokenizer, so text cannot be scored")
-    return runtime.tokenizer.encode(text, add_special_tokens)
+    return runtime.require_tokenizer("text cannot be scored").encode(text, add_special_tokens)
 
 
 def prefix_token_id(runtime: Runtime) -> int:

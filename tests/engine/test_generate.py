@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from depthprune_runtime import InputError, Runtime, SamplingParams
+from depthprune_runtime.evaluation.perplexity import perplexity
 
 PROMPTS = ["the quick brown", "a decoder is a sequence of residual sub-layers and", "naïve", "prune the blocks"]
 
@@ -214,6 +215,25 @@ def test_without_a_tokenizer_ids_work_and_text_is_refused(pico_llama, tmp_path):
             call()
     with pytest.raises(InputError, match="stop_token_ids"):
         runtime.generate([5], stop="x")
+
+
+def test_a_tokenizer_can_be_left_out(pico_runtime, pico_llama, tmp_path, caplog):
+    folder = pico.save(pico_llama[0], tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    runtime = Runtime.load(folder, device="cpu", skip_tokenizer_init=True)
+    assert runtime.tokenizer is None and not caplog.records
+    both = [r.generate([5, 6, 7], temperature=0, max_new_tokens=4)[0].outputs[0] for r in (runtime, pico_runtime)]
+    assert (both[0].token_ids, both[0].text) == (both[1].token_ids, "")
+    for call in (
+        lambda: runtime.generate("the"),
+        lambda: runtime.generate([5], stop="x"),
+        lambda: perplexity(runtime, "the quick brown", seq_len=8),
+    ):
+        with pytest.raises(InputError, match="skip_tokenizer_init"):
+            call()
+    (folder / "generation_config.json").unlink()
+    Runtime.load(folder, device="cpu", skip_tokenizer_init=True)
+    assert "no end token is known" in caplog.text
 
 
 def test_damaged_weights_are_named(pico_llama, tmp_path):
