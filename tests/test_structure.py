@@ -56,7 +56,18 @@ MAY_IMPORT = {
         "texts",
         "placement",
     },
-    "engine": {"errors", "huge_pages", "panels", "spec", "checkpoint", "ops", "model", "tokenizer", "placement"},
+    "engine": {
+        "errors",
+        "heap",
+        "huge_pages",
+        "panels",
+        "spec",
+        "checkpoint",
+        "ops",
+        "model",
+        "tokenizer",
+        "placement",
+    },
     "evaluation": {"errors", "progress", "engine", "model", "texts"},
 }
 NO_TORCH = [
