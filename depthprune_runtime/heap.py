@@ -1,5 +1,5 @@
-"""Giving memory back: parsing a tokenizer frees many times its file's size in small pieces, loading weights some MB, and
-the C heap would keep them for good."""
+"""Giving memory back: parsing a tokenizer frees many times its file's size in small pieces, loading weights some MB,
+and the C heap would keep them for good."""
 
 from __future__ import annotations
 
