@@ -53,16 +53,18 @@ class Runtime:
         self.plan: Mapping[str, Any] | None = checkpoint.plan
         self.provenance: Mapping[str, Any] = checkpoint.provenance
         self.tokenizer: Tokenizer | None = None
-        if "tokenizer.json" in checkpoint.assets and not skip_tokenizer_init:
-            self.tokenizer = Tokenizer(checkpoint)
+        skipped = False
+        if "tokenizer.json" in checkpoint.assets:
+            skipped = skip_tokenizer_init
+            self.tokenizer = None if skipped else Tokenizer(checkpoint)
         config = generation_config(checkpoint)
-        if skip_tokenizer_init and config.get("eos_token_id") is None:
+        if skipped and config.get("eos_token_id") is None:
             _log.warning(
                 "%s: without its tokenizer no end token is known, for its generation config names none; outputs end at "
                 "stop_token_ids and max_tokens",
                 self.name,
             )
-        self._inputs = Inputs(self.name, self.spec, self.tokenizer, config, skip_tokenizer_init)
+        self._inputs = Inputs(self.name, self.spec, self.tokenizer, config, skipped)
         self.default_sampling_params = self._inputs.default_sampling_params
         self.decoder = Decoder(self.spec, decoder_weights(checkpoint, device, dtype, mmap), device, dtype)
         return_free_heap()

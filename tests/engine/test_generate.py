@@ -234,6 +234,11 @@ def test_a_tokenizer_can_be_left_out(pico_runtime, pico_llama, tmp_path, caplog)
     (folder / "generation_config.json").unlink()
     Runtime.load(folder, device="cpu", skip_tokenizer_init=True)
     assert "no end token is known" in caplog.text
+    caplog.clear()
+    bare = Runtime.load(pico.save(pico_llama[0], tmp_path / "bare", tokenizer=False), "cpu", skip_tokenizer_init=True)
+    with pytest.raises(InputError, match="carries no tokenizer"):
+        bare.generate("the")
+    assert "no end token" not in caplog.text
 
 
 def test_damaged_weights_are_named(pico_llama, tmp_path):
