@@ -2,8 +2,8 @@
 //
 // Up to 16 tokens take one panel at a time (gated: one of gates, one of ups), which is one stretch of memory. More share
 // 24 registers of sums: 8 tokens x 48 outputs, gated 6 tokens x 32 gates and ups. Two threads of a Zen 4 read weights in
-// memory at 95 % of its speed for 1 token and at 92 % for 8, where the rows of linear.h reach 89 % and 67 %; at 512 tokens
-// they do 1.10 times what torch does (rows in benchmarks/results/linear_cpu.csv).
+// slow memory at 106 % of a plain read for 1 token and at 93 % for 8, where the rows of linear.h reach 95 % and 55 %; at
+// 512 tokens they do 1.05 times what torch does (medians of nine projections in benchmarks/results/linear_cpu.csv).
 #include "cpu/features.h"
 #include "cpu/gemm.h"
 
