@@ -1,9 +1,10 @@
 // gemm with vdpbf16ps: lane i adds w_2k,i x_2k and w_2k+1,i x_2k+1. It reads subnormals as zero.
 //
-// Up to 16 tokens take one panel at a time (gated: one of gates, one of ups), which is one stretch of memory. More share
-// 24 registers of sums: 8 tokens x 48 outputs, gated 6 tokens x 32 gates and ups. Two threads of a Zen 4 read weights in
-// slow memory at 106 % of a plain read for 1 token and at 93 % for 8, where the rows of linear.h reach 95 % and 55 %; at
-// 512 tokens they do 1.05 times what torch does (medians of nine projections in benchmarks/results/linear_cpu.csv).
+// Up to 16 tokens take one panel at a time (gated: one of gates, one of ups), which is one stretch of memory. More
+// share 24 registers of sums: 8 tokens x 48 outputs, gated 6 tokens x 32 gates and ups. Two threads of a Zen 4 read
+// weights in slow memory at 106 % of a plain read for 1 token and at 93 % for 8, where the rows of linear.h reach 95 %
+// and 55 %; at 512 tokens they do 1.05 times what torch does (medians of nine projections in
+// benchmarks/results/linear_cpu.csv).
 #include "cpu/features.h"
 #include "cpu/gemm.h"
 
@@ -120,7 +121,9 @@ DEPTHPRUNE_TARGET void outputs(
     all_tokens<V, gated, S, stream>(gemm, place, first, last, begin, end);
   }
   if constexpr (V > one) {
-    for (; first < last; first += kGemmRows, advance(1)) all_tokens<one, gated, S, stream>(gemm, place, first, last, begin, end);
+    for (; first < last; first += kGemmRows, advance(1)) {
+      all_tokens<one, gated, S, stream>(gemm, place, first, last, begin, end);
+    }
   }
 }
 
