@@ -104,7 +104,8 @@ struct Visible {
   }
 };
 
-// The scores of a block, in scratch.scores, become the weights of its softmax; keep_r: see softmax_row.
+// The scores of a block, in scratch.scores and not wide yet, become the weights of its softmax; keep_r: see
+// softmax_row.
 template <int W>
 DEPTHPRUNE_INLINE void weigh(const Problem& problem, const Task& task, const Block& block, Scratch& scratch, float* keep) {
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
@@ -113,6 +114,9 @@ DEPTHPRUNE_INLINE void weigh(const Problem& problem, const Task& task, const Blo
   for (int64_t r = 0; r < block.rows; ++r) {
     const Visible visible(problem, task, block, r);
     float* scores = scratch.scores + r * kKeys;
+    // Here rather than in the queries: a wide query is rounded, and an outlier channel multiplies that.
+#pragma omp simd
+    for (int64_t j = visible.begin; j < visible.end; ++j) scores[j] *= problem.scale;
     for (int64_t j = 0; j < visible.begin; ++j) scores[j] = kMinusInf;
     for (int64_t j = visible.end; j < columns; ++j) scores[j] = kMinusInf;
     float& m = scratch.sums[block.first_row + r];
@@ -250,10 +254,10 @@ DEPTHPRUNE_INLINE void read_queries(const Problem& problem, const Task& task, Sc
   for (int64_t row = 0; row < task.num_queries * problem.group; ++row) {
     const T* q = static_cast<const T*>(problem.q) + (task.first_query + row / problem.group) * problem.q_strides[0] +
                  (task.kv_head * problem.group + row % problem.group) * problem.q_strides[1];  // [D]
-    float* scaled = scratch.q + row * padded_dim;
+    float* wide = scratch.q + row * padded_dim;
 #pragma omp simd
-    for (int64_t d = 0; d < problem.head_dim; ++d) scaled[d] = X::widen(q[d]) * problem.scale;
-    for (int64_t d = problem.head_dim; d < padded_dim; ++d) scaled[d] = 0.0f;
+    for (int64_t d = 0; d < problem.head_dim; ++d) wide[d] = X::widen(q[d]);
+    for (int64_t d = problem.head_dim; d < padded_dim; ++d) wide[d] = 0.0f;
   }
 }
 

@@ -139,6 +139,13 @@ def test_a_seed_at_which_one_order_of_summation_is_lucky() -> None:
     check(build([(2, 65), (2, 532), (1, 531)], (9, 3, 64), 1, torch.float32, 0, 2048))
 
 
+@at_every_level
+def test_queries_are_not_rounded_by_the_scale(level) -> None:
+    """At this seed scaled queries erred 2.7 times as much as plain torch at the generic level."""
+    with at_level(level):
+        check(build([(17, 273), (1, 65)], (18, 6, 32), 16, torch.float32, 0, 397))
+
+
 def test_the_extension_serves_the_cpu() -> None:
     assert implementations("paged_attention")["CPU"] == "native"
     assert implementations("varlen_attention")["CPU"] == "native"
