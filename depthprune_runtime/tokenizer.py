@@ -6,11 +6,11 @@ Importing Transformers costs more time than loading a small model, so only chat 
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from depthprune_runtime.checkpoint.base import (
     CHAT_TEMPLATE_FILE,
@@ -19,8 +19,10 @@ from depthprune_runtime.checkpoint.base import (
     TOKENIZER_FILE,
     Checkpoint,
 )
+from depthprune_runtime.detokenizer import Detokenizer
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.heap import return_free_heap
+from depthprune_runtime.text_stream import TextStream
 
 
 def _json_asset(assets: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Tokenizer:
         return_free_heap()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.detokenizer = Detokenizer(self._tokenizer)
         self._config = _json_asset(assets, TOKENIZER_CONFIG_FILE)
         template = assets.get(CHAT_TEMPLATE_FILE)
         self.chat_template: str | None = template.decode() if template else self._config.get("chat_template")
@@ -67,16 +70,21 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        """Text of `ids`, integers of any kind; those without a token have none."""
+        try:
+            known = [operator.index(i) for i in ids]
+        except TypeError as error:
+            raise InputError(f"ids: expected a sequence of token ids: {error}") from error
+        return self.detokenizer.decode(known, skip_special_tokens)
 
     def special_token_id(self, name: str) -> int | None:
         """Id of `bos_token`, `eos_token` or another named special token; None if there is none."""
         text = _token_text(self._config.get(name))
         return None if text is None else self._tokenizer.token_to_id(text)
 
-    def stream(self, skip_special_tokens: bool = True) -> TextStream:
-        return TextStream(self._tokenizer, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> TextStream:
+        """Text of the tokens that follow `prompt_ids`."""
+        return TextStream(self.detokenizer, skip_special_tokens, prompt_ids)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Prompt for `messages` (dicts with role and content), ending where the assistant's turn begins."""
@@ -102,28 +110,3 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise InputError(f"messages: refused by the model's chat template: {error}") from error
         return str(rendered[0][0])
-
-
-class TextStream:
-    """Text of a growing id sequence; characters whose bytes are not complete yet are held back."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._ids: list[int] = []
-        self._emitted = 0
-
-    def push(self, token_id: int) -> str:
-        """New text after one more token, possibly empty."""
-        self._ids.append(token_id)
-        text = self._stream.step(self._tokenizer, token_id) or ""
-        self._emitted += len(text)
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: incomplete bytes come out as replacement characters."""
-        whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        rest = whole[self._emitted :]
-        self._emitted = len(whole)
-        return rest

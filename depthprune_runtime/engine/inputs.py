@@ -9,6 +9,7 @@ from typing import Any
 
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.request import Request
+from depthprune_runtime.engine.stop_strings import StopStrings
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.tokenizer import Tokenizer
@@ -115,6 +116,9 @@ class Inputs:
             raise InputError(f"{what}: expected a string or a sequence of token ids, got {type(prompt).__name__}")
         ids = self.encode(prompt, what)
         params = self.params(params)
+        text = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, ids)
+        stops = StopStrings(params.stop_strings) if params.stop_strings else None
+        stop_tokens = self._stop_tokens(params)
         requests = [
             Request(
                 request_id,
@@ -123,15 +127,24 @@ class Inputs:
                 params,
                 self._eos_ids,
                 self.spec.max_position_embeddings,
-                None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens),
+                None if text is None else text.fork(),
                 priority,
+                stops,
+                stop_tokens,
             )
             for index in range(params.n)
         ]
         return RequestGroup(request_id, prompt if isinstance(prompt, str) else None, tuple(ids), requests, params.n)
 
+    def _stop_tokens(self, params: SamplingParams) -> dict[int, str]:
+        """Id -> stop string, where that is a special token: left out of the text, it could not be found there."""
+        if self.tokenizer is None or not params.stop_strings or not params.skip_special_tokens:
+            return {}
+        special = self.tokenizer.detokenizer.special
+        return {i: text for i, text in special.items() if text in params.stop_strings}
+
     def token_text(self, token: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
+        return None if self.tokenizer is None else self.tokenizer.detokenizer.token_text(token)
 
 
 def listed(prompts: Prompt | Sequence[Prompt]) -> list[tuple[str, Prompt]]:

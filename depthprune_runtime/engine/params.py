@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from depthprune_runtime.engine.stop_strings import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from depthprune_runtime.errors import InputError
 
 
@@ -28,7 +29,8 @@ class SamplingParams:
     temperature: 0 is greedy; top_k: 0 or -1 keeps all; top_p, min_p: probability mass and share of the
     largest probability; repetition_penalty: > 1 lowers the logits of tokens seen in prompt or output;
     seed: None draws a fresh one; stop: strings that end the output (left out of it unless
-    include_stop_str_in_output); stop_token_ids: ids that end it; max_tokens: new tokens at most;
+    include_stop_str_in_output), at most 256 of 4096 characters together, and one that is a special token's text also
+    ends it where skip_special_tokens leaves that out of the text; stop_token_ids: ids that end it; max_tokens: new tokens at most;
     logprobs: how many alternatives to report with each token; n: outputs per prompt.
     The order is penalty, temperature, top_k, top_p, min_p, as in Transformers.
     """
@@ -61,6 +63,11 @@ class SamplingParams:
         _require(_number(penalty) and penalty > 0, "repetition_penalty", "a number > 0", penalty)
         _require(self.seed is None or _whole(self.seed, 0), "seed", "None or an integer >= 0", self.seed)
         _require(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings", self.stop)
+        _require(len(stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", len(stop))
+        characters = sum(map(len, stop))
+        _require(
+            characters <= MAX_STOP_CHARACTERS, "stop", f"at most {MAX_STOP_CHARACTERS} characters together", characters
+        )
         _require(all(_whole(i, 0) for i in self.stop_token_ids), "stop_token_ids", "token ids", self.stop_token_ids)
         _require(_whole(self.max_tokens, 1), "max_tokens", "an integer >= 1", self.max_tokens)
         _require(
