@@ -69,7 +69,7 @@ class Detokenizer:
     def token_text(self, token_id: int) -> str | None:
         """What the token is in the middle of a text, with its space; None for an id without a token.
 
-        Bytes that are no character by themselves are written as `<0xE2>`, so that different tokens have different texts.
+        Bytes that are no character by themselves are written as `<0xE2>`: different tokens have different texts.
         """
         try:
             return self._texts[token_id]

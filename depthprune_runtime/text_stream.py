@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 
 from depthprune_runtime.detokenizer import REPLACEMENT, Detokenizer
@@ -87,7 +86,7 @@ class TextStream:
             self._shown = shown
             return ""
         self._shown = text
-        return text[len(shown) if text.startswith(shown) else len(os.path.commonprefix([shown, text])) :]
+        return text[len(shown) :] if text.startswith(shown) else text[_first_difference(shown, text) :]
 
     def _learn(self, token_id: int, piece: str) -> None:
         """Remember the text of a token that needs no others, where the tokenizer writes token by token."""
@@ -104,6 +103,10 @@ class TextStream:
         if text or len(self._window) >= _LONGEST_WINDOW:
             self._window, self._shown = tail, _stable(text)
             self._ready = self._ready and text != ""
+
+
+def _first_difference(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _stable(text: str) -> str:

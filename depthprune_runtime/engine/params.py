@@ -28,9 +28,9 @@ class SamplingParams:
 
     temperature: 0 is greedy; top_k: 0 or -1 keeps all; top_p, min_p: probability mass and share of the
     largest probability; repetition_penalty: > 1 lowers the logits of tokens seen in prompt or output;
-    seed: None draws a fresh one; stop: strings that end the output (left out of it unless
-    include_stop_str_in_output), at most 256 of 4096 characters together, and one that is a special token's text also
-    ends it where skip_special_tokens leaves that out of the text; stop_token_ids: ids that end it; max_tokens: new tokens at most;
+    seed: None draws a fresh one; stop: at most 256 strings of at most 4096 characters together, which
+    end the output (left out of it unless include_stop_str_in_output; a special token's text also ends it where
+    skip_special_tokens leaves that token out); stop_token_ids: ids that end it; max_tokens: new tokens at most;
     logprobs: how many alternatives to report with each token; n: outputs per prompt.
     The order is penalty, temperature, top_k, top_p, min_p, as in Transformers.
     """

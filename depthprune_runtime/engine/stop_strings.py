@@ -20,7 +20,7 @@ class Match(NamedTuple):
 
 
 class StopStrings:
-    """The automaton of Aho and Corasick (1975) over all stop strings: reading a character costs the same for any number.
+    """The automaton of Aho and Corasick (1975): what a character costs does not depend on the number of stop strings.
 
     Its state is the longest end of the text that begins some stop string; that is the text that must be held back.
     Requests may share one, each with a state of its own; 0 is the first.

@@ -38,10 +38,10 @@ def expected(kind: str, ids: list[int], skip: bool) -> str:
     tokens = [t for i in ids if not (skip and i in special) and (t := raw.id_to_token(i)) is not None]
     text = ""
     for is_byte, run in groupby(tokens, lambda t: re.fullmatch("<0x..>", t) is not None):
-        run = list(run)
-        text += (
-            bytes(int(t[3:5], 16) for t in run).decode(errors="replace") if is_byte else "".join(run).replace("▁", " ")
-        )
+        if is_byte:
+            text += bytes(int(t[3:5], 16) for t in run).decode(errors="replace")
+        else:
+            text += "".join(run).replace("▁", " ")
     return text.removeprefix(" ") if tokens and (kind == "byte_fallback" or tokens[0].startswith("▁")) else text
 
 
@@ -79,9 +79,8 @@ def test_incomplete_characters_are_held_back_and_complete_ones_are_not(kind):
     parts = [stream.push(i) for i in ids]
     assert "".join(parts).strip() == "🙂 né"
     assert not any("�" in part for part in parts)
-    byte = {i: raw.id_to_token(i) for i in ids}
     last_of_smile = next(n for n in range(1, len(ids) + 1) if "🙂" in detokenizer(kind).decode(ids[:n]))
-    assert parts[last_of_smile - 1].endswith("🙂"), byte
+    assert parts[last_of_smile - 1].endswith("🙂")
 
 
 @pytest.mark.parametrize("kind", ["byte_fallback", "unigram"])
