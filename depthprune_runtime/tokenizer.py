@@ -14,7 +14,6 @@ import tokenizers
 
 from depthprune_runtime.checkpoint.base import (
     CHAT_TEMPLATE_FILE,
-    GENERATION_CONFIG_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Checkpoint,
@@ -34,11 +33,6 @@ def _token_text(token: object) -> str | None:
     """A special token is stored as text or as an object with its content."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
-
-
-def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's generation_config.json; empty where it has none."""
-    return _json_asset(checkpoint.assets, GENERATION_CONFIG_FILE)
 
 
 class Tokenizer:

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "spec", "families", "quantized"},
     "detokenizer": set(),
     "text_stream": {"detokenizer"},
+    "generation_config": {"checkpoint"},
     "tokenizer": {"errors", "checkpoint", "heap", "detokenizer", "text_stream"},
     "texts": {"errors"},
     "placement": {"errors"},
@@ -60,6 +61,7 @@ MAY_IMPORT = {
     },
     "engine": {
         "errors",
+        "generation_config",
         "heap",
         "huge_pages",
         "panels",

@@ -29,6 +29,7 @@ _log = logging.getLogger("depthprune_runtime")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DOWNLOAD = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -74,6 +75,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._files = self._weight_map()
         self._open: dict[str, Any] = {}
         self.dtype = dtype if dtype is not None else self._stored_dtype()
+        # what Transformers makes a generation config of where there is none
+        self._special_ids = {n: config[n] for n in _SPECIAL_IDS if config.get(n) is not None}
         self.provenance = {
             "source": self.name,
             "format": "huggingface",
@@ -169,6 +172,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         generation = self.folder / GENERATION_CONFIG_FILE
         if generation.is_file():
             assets[GENERATION_CONFIG_FILE] = generation.read_bytes()
+        elif self._special_ids:
+            assets[GENERATION_CONFIG_FILE] = json.dumps(self._special_ids).encode()
         return assets
 
     @property

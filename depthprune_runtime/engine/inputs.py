@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from depthprune_runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 _DEFAULT_NEW_TOKENS = 128
+_log = logging.getLogger("depthprune_runtime")
 
 
 @dataclasses.dataclass
@@ -48,7 +50,7 @@ class Inputs:
         self.spec = spec
         self.tokenizer = tokenizer
         self._missing = "it was loaded with skip_tokenizer_init" if skipped else "it carries no tokenizer"
-        self.default_sampling_params = _default_params(config)
+        self.default_sampling_params = _default_params(name, config)
         self._eos_ids = _eos_ids(config, tokenizer)
 
     def require_tokenizer(self, otherwise: str = "text cannot be used; give token ids") -> Tokenizer:
@@ -161,14 +163,26 @@ def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> frozense
     ids = stated if isinstance(stated, list) else [stated]
     if tokenizer is not None:
         ids = list(itertools.chain(ids, [tokenizer.special_token_id("eos_token")]))
-    return frozenset(i for i in ids if isinstance(i, int))
+    return frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
 
 
-def _default_params(config: Mapping[str, Any]) -> SamplingParams:
-    """The model's generation config where it asks for sampling, else greedy."""
-    if not config.get("do_sample"):
-        penalty = config.get("repetition_penalty")
-        return SamplingParams(temperature=0.0, max_tokens=_DEFAULT_NEW_TOKENS, repetition_penalty=penalty or 1.0)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    stated = {n: config[n] for n in names if config.get(n) is not None}
+def _default_params(name: str, config: Mapping[str, Any]) -> SamplingParams:
+    """The model's generation config where it asks for sampling, else greedy; one warning names what it has wrong."""
+    stated: dict[str, Any] = {}
+    wrong = []
+    for field in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        if config.get(field) is not None:
+            try:
+                SamplingParams(**{field: config[field]})
+                stated[field] = config[field]
+            except (InputError, OverflowError) as error:
+                wrong.append(str(error)[:100])
+    samples = config.get("do_sample") or False
+    if not isinstance(samples, bool):
+        wrong.append(f"do_sample: expected true or false, got {str(samples)[:40]!r}")
+        samples = False
+    if wrong:
+        _log.warning("%s: its generation config has values that are left out: %s", name, "; ".join(wrong))
+    if not samples:
+        stated = {"temperature": 0.0, "repetition_penalty": stated.get("repetition_penalty", 1.0)}
     return SamplingParams(max_tokens=_DEFAULT_NEW_TOKENS, **stated)

@@ -20,12 +20,13 @@ from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, Reques
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.weights import decoder_weights
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.generation_config import generation_config
 from depthprune_runtime.heap import return_free_heap
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.tokenizer import Tokenizer, generation_config
+from depthprune_runtime.tokenizer import Tokenizer
 
 _log = logging.getLogger("depthprune_runtime")
 
