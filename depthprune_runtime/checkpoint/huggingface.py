@@ -52,7 +52,8 @@ def tokenizer_assets(source: Path, **options: Any) -> dict[str, bytes]:
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     wanted = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        one = not isinstance(tokenizer.chat_template, dict)  # several go into the tokenizer's config
+        tokenizer.save_pretrained(folder, save_jinja_files=one)
         return {n: (Path(folder) / n).read_bytes() for n in wanted if (Path(folder) / n).is_file()}
 
 

@@ -74,9 +74,13 @@ class Inputs:
                 f"{self.spec.max_position_embeddings}), got {length}; shorten it"
             )
 
-    def encode(self, prompt: Prompt, what: str = "prompt") -> list[int]:
+    def encode(self, prompt: Prompt, params: SamplingParams, what: str = "prompt") -> list[int]:
         """Token ids of `prompt`, with room for at least one more."""
-        ids = self.require_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            tokenizer = self.require_tokenizer()
+            ids = tokenizer.encode(prompt, params.add_special_tokens, params.split_special_tokens)
+        else:
+            ids = list(prompt)
         if not ids:
             raise InputError(f"{what}: empty; expected at least one token")
         if not all(isinstance(t, int) for t in ids):
@@ -116,8 +120,8 @@ class Inputs:
             raise InputError(f"request_id: expected a string, got {request_id!r}")
         if not isinstance(prompt, str | Sequence):
             raise InputError(f"{what}: expected a string or a sequence of token ids, got {type(prompt).__name__}")
-        ids = self.encode(prompt, what)
         params = self.params(params)
+        ids = self.encode(prompt, params, what)
         text = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, ids)
         stops = StopStrings(params.stop_strings) if params.stop_strings else None
         stop_tokens = self._stop_tokens(params)

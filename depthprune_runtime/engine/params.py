@@ -31,7 +31,9 @@ class SamplingParams:
     seed: None draws a fresh one; stop: at most 256 strings of at most 4096 characters together, which
     end the output (left out of it unless include_stop_str_in_output; a special token's text also ends it where
     skip_special_tokens leaves that token out); stop_token_ids: ids that end it; max_tokens: new tokens at most;
-    logprobs: how many alternatives to report with each token; n: outputs per prompt.
+    logprobs: how many alternatives to report with each token; n: outputs per prompt; add_special_tokens: begin a text
+    prompt with what the tokenizer adds, such as a BOS; split_special_tokens: read special tokens in a text prompt as
+    ordinary text.
     The order is penalty, temperature, top_k, top_p, min_p, as in Transformers.
     """
 
@@ -49,6 +51,8 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    add_special_tokens: bool = True
+    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

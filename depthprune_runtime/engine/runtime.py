@@ -26,7 +26,7 @@ from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.tokenizer import Tokenizer
+from depthprune_runtime.tokenizer import CHAT_OPTIONS, Tokenizer
 
 _log = logging.getLogger("depthprune_runtime")
 
@@ -150,12 +150,17 @@ class Runtime:
         sampling_params: SamplingParams | None = None,
         **options: Any,
     ) -> RequestOutput:
-        """Answer a conversation, rendered with the model's own chat template."""
+        """Answer a conversation, rendered with the model's own chat template.
+
+        options: those of `Tokenizer.apply_chat_template` (tools, continue_final_message, chat_template_kwargs, ...) and
+        of `generate`. Special tokens in messages control the model, as those of the template do, unless
+        split_special_tokens is set.
+        """
         tokenizer = self.require_tokenizer()
-        prompt = tokenizer.apply_chat_template(messages)
-        ids = tokenizer.encode(prompt, add_special_tokens=False)  # the template writes them itself
-        output = self.generate([ids], sampling_params, **options)[0]
-        return dataclasses.replace(output, prompt=prompt)
+        chat = {name: options.pop(name) for name in CHAT_OPTIONS if name in options}
+        params = self._inputs.params(sampling_params or self.default_sampling_params, options)
+        prompt, ids = tokenizer.encode_chat(messages, params.split_special_tokens, **chat)
+        return dataclasses.replace(self.generate([ids], params)[0], prompt=prompt)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:  # [S] -> [S, V], or [B, S] -> [B, S, V]
