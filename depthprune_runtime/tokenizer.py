@@ -156,7 +156,7 @@ class Tokenizer:
 
         Raises:
             InputError: for messages that are none, and whatever the template raises. A template may take
-                200,000 loop rounds and calls, 5 seconds, and values of 16 million characters.
+                200,000 loop rounds and calls, 5 seconds of processor time, and values of 16 million characters.
         """
         return self._render(messages, options, quote=False).text
 
