@@ -294,8 +294,11 @@ def _rebuild(
         return PrunedCheckpoint(parent, plan), plan
     size = mending or RepairOptions()
     data = calibrator.windows(size.samples, size.seq_len, at_most=True)
-    repaired = {"repair": None if mending is None else {**asdict(mending), "calibration": data.description}}
-    plan = replace(plan, settings={**plan.settings, **repaired})
+    calibration = {"calibration": data.description}
+    walked: dict[str, Any] = {"repair": None if mending is None else {**asdict(mending), **calibration}}
+    if narrowing is not None and narrowing.units:
+        walked["narrowing"] = calibration
+    plan = replace(plan, settings={**plan.settings, **walked})
     rebuild = Rebuild(parent, plan, narrowing, mending, device)
     walk = rebuild.walk(data.windows)
     with progress.stage("repair" if mending is not None else "narrow", walk.steps) as advance:
