@@ -10,7 +10,9 @@ shows which sub-layers the output depends on least.
 `exact` scores every candidate in every step, from cached prefixes (`candidates`); `fast` only the most promising
 ones (`lazy_scores`). benchmarks/bench_finercut.py compares both with the plain loop.
 
-The official script calibrates on the first 10 windows of 256 tokens of WikiText-2 train, its rows joined by " ".
+The official script calibrates on the first 10 windows of 256 tokens of WikiText-2 train, its rows joined by blanks.
+Here that is `prune(..., calibration="wikitext2-joined", seed=None)`, less the BOS token that its tokenizer may put
+first; by default `prune` draws 10 windows from all over the text. The plan's settings tell text and windows.
 """
 
 from __future__ import annotations
