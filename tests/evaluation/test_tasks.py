@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.cli import main
-from depthprune_runtime.evaluation import scoring, tasks
+from depthprune_runtime.evaluation import logprobs, tasks
 from depthprune_runtime.evaluation.scoring import ContinuationScore, continuation_logprobs, encode_pair
 from depthprune_runtime.evaluation.task_files import find_task, load_task
 from depthprune_runtime.evaluation.tasks import evaluate_task, load_tasks
@@ -100,7 +100,8 @@ def test_greedy_continuations_are_told(pico_runtime):
 def test_logits_come_in_chunks(pico_runtime, monkeypatch):
     requests = [([1, 2, 3], list(range(30))), ([4], [5, 6])]
     whole = continuation_logprobs(pico_runtime, requests)
-    monkeypatch.setattr(scoring, "_LOGIT_TOKENS", 7)
+    monkeypatch.setattr(logprobs, "_LOGIT_ROWS", 7)
+    monkeypatch.setattr(logprobs, "_CPU_ROWS", 3)
     for a, b in zip(continuation_logprobs(pico_runtime, requests), whole, strict=True):
         close(a, b)
 
@@ -230,6 +231,7 @@ def test_next_words_are_right_when_they_are_the_greedy_choice(pico_llama, pico_r
     result = evaluate_task(pico_runtime, load_task(write(tmp_path / "lambada.jsonl", rows)))
     assert set(result.metrics) == {"acc", "perplexity"}
     assert result.hits["acc"] == tuple(int(right) for right, _ in expected)
+    assert 0 < sum(result.hits["acc"]) < len(rows)
     mean = sum(logprob for _, logprob in expected) / len(rows)
     assert result.metrics["perplexity"].value == pytest.approx(math.exp(-mean), rel=1e-3)
 
