@@ -153,7 +153,8 @@ def test_the_package_and_its_help_are_light():
 def test_loading_and_generating_needs_no_transformers(pico_file):
     code = (
         "import sys; from depthprune_runtime import Runtime; "
-        f"Runtime.load({str(pico_file)!r}, device='cpu').generate('the', max_new_tokens=2); "
+        f"r = Runtime.load({str(pico_file)!r}, device='cpu'); r.generate('the', max_new_tokens=2); "
+        "r.chat([{'role': 'user', 'content': 'the'}], max_new_tokens=2); "
         "print('transformers' in sys.modules)"
     )
     assert run(code).strip() == "False"

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pico
 import pytest
-from transformers import GenerationConfig
 
 from depthprune_runtime import Runtime, import_model
 from depthprune_runtime.engine.inputs import Inputs
@@ -38,7 +37,6 @@ def test_an_end_token_of_config_json_alone_ends_outputs(pico_runtime, folder, se
     if imported:
         model = folder.parent / "model.safetensors"
         import_model(folder, model)
-        assert GenerationConfig.from_model_config(pico.config("llama", eos_token_id=end)).eos_token_id == end
     runtime = Runtime.load(model, device="cpu", skip_tokenizer_init=skip_tokenizer_init)
     out = runtime.generate([5, 6, 7], temperature=0, max_new_tokens=12)[0].outputs[0]
     assert (out.finish_reason, out.stop_reason) == ("stop", None)
