@@ -23,7 +23,7 @@ class Request:
 
     request_id, output_index: whose output it is; prompt_ids: the prompt's tokens; params: how to sample; eos_ids: ids
     that end it; max_length: prompt and output together, by the model's context; text: None where the checkpoint has
-    no tokenizer; priority: lower is sooner.
+    no tokenizer; priority: lower is sooner. end_ids: every token that ends it.
 
     The scheduler's part: arrival (its number, unique), key (its place in line), table and num_computed (tokens whose
     keys and values are in the cache), seat (its row among the running), blocked_at (see `Scheduler`).
@@ -55,6 +55,7 @@ class Request:
         self.num_cached_tokens = 0  # of the prompt, when it was first admitted
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
         self._stop_ids = frozenset(params.stop_token_ids)
+        self.end_ids = sorted(self._eos_ids | self._stop_ids)
         self._stop_strings = params.stop_strings
         self._source = text
         self._text = ""
@@ -87,11 +88,6 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end it."""
-        return sorted(self._eos_ids | self._stop_ids)
 
     @property
     def max_cached_tokens(self) -> int:

@@ -166,7 +166,7 @@ def test_a_closed_engine_gives_its_kv_cache_back():
         ({"kv_memory": 0.0}, "expected bytes"),
         ({"kv_memory": True}, "expected bytes"),
         ({"kv_memory": -1}, "expected bytes"),
-        ({"max_num_seqs": 0}, "max_num_seqs: expected an integer >= 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs: expected an integer from 1 to 65536, got 0"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens: expected an integer >= 9"),
         ({"max_waiting": 0}, "max_waiting"),
         ({"kv_block_size": 2.0}, "kv_block_size"),
