@@ -5,6 +5,7 @@ Importing Transformers costs more time than loading a small model, so only chat 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,9 @@ from depthprune_runtime.checkpoint.base import (
 )
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.heap import return_free_heap
+from depthprune_runtime.token_lengths import TokenLengths, token_lengths
+
+_LONG = 8192  # characters: some milliseconds
 
 
 def _json_asset(assets: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -63,8 +67,16 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens (such as a leading BOS) as the model's tokenizer adds them."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < _LONG:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        else:  # only a batch releases the GIL
+            ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
+
+    @functools.cached_property
+    def token_lengths(self) -> TokenLengths | None:
+        """Tells how many tokens a text has at least; None where that is not known."""
+        return token_lengths(self._tokenizer)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -26,6 +26,7 @@ from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.engine.memory import KVMemory, default_kv_memory, kv_bytes, num_kv_blocks
 from depthprune_runtime.engine.outputs import EngineStats, Logprob, OutputDelta, RequestOutput
 from depthprune_runtime.engine.params import MAX_OUTPUTS, SamplingParams
+from depthprune_runtime.engine.process import Process
 from depthprune_runtime.engine.prompts import Prompt
 from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.runner import Runner
@@ -51,6 +52,14 @@ class Engine:
     equal beginnings; decode_steps: tokens a request that may be computed before the engine looks at them, 1 to 16,
     while none waits and all are greedy or (on a GPU) sampled without filters, penalties and log-probabilities: their
     deltas come in bursts of as many. On a CPU a burst ends with the first request that does, and after 20 ms.
+
+    A request's tokens depend on its prompt and seed; what runs beside it may change the last bits of its logits, and so
+    a choice between tokens that are almost equally likely. On a CPU that takes a step of more than 64 tokens (long
+    prompts, many requests), for which other kernels serve, or a piece of a prompt of so few tokens that decode's
+    attention serves: up to 16 divided by the query heads of a KV head, as a tight `max_num_batched_tokens`, a cached
+    beginning or a preemption leave them. Log-probabilities of bfloat16 then differ by some hundredths, of float32 by
+    1e-6. On a GPU steps of 1 and of more requests differ likewise.
+
     max_n, max_logprobs: outputs of one prompt, and alternatives reported with each token, that a request may ask for;
     n is at most max_waiting, too.
     """
@@ -98,6 +107,7 @@ class Engine:
         self._samplers = Samplers(decoder.spec.vocab_size, decoder.device)
         self._news: list[OutputDelta] = []  # of aborted requests, for the next step
         self._numbers = itertools.count()
+        self._process = Process("the engine")
         self._closed = False
         self._cause: BaseException | None = None
         self._num_steps = self._num_finished = self._num_output_tokens = 0
@@ -155,9 +165,10 @@ class Engine:
         """Compute one batch; what it brought each output, and the ends of those aborted since the last step.
 
         A request that fails alone ends with finish_reason "error". An exception from here is a defect or a lost
-        device: the engine has then stopped for good.
+        device: the engine has then stopped for good. InputError behind a fork, where OpenMP's threads are missing.
         """
         self._require_alive()
+        self._process.check(self._decoder.device)
         try:
             deltas, self._news = self._news, []
             chunks = self._scheduler.schedule()

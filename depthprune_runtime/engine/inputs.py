@@ -16,6 +16,7 @@ from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.tokenizer import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128
+_LONG_TOKENS = 8  # characters: texts of longer ones on average are rare
 _MAX_ID_LENGTH = 256  # characters of a request's id
 _log = logging.getLogger("depthprune_runtime")
 
@@ -97,18 +98,21 @@ class Inputs:
             raise InputError(f"{self.name}: {self._missing}, so {otherwise}")
         return self.tokenizer
 
-    def check_length(self, length: int, what: str, room: int) -> None:
+    def check_length(self, length: int, what: str, room: int, at_least: bool = False) -> None:
         most = self.spec.max_position_embeddings - room
         if length > most:
             raise InputError(
                 f"{what}: expected at most {most} tokens (the model's context is "
-                f"{self.spec.max_position_embeddings}), got {length}; shorten it"
+                f"{self.spec.max_position_embeddings}), got {'at least ' if at_least else ''}{length}; shorten it"
             )
 
     def encode(self, text: str, what: str = "prompt") -> list[int]:
-        """Token ids of `text`."""
+        """Token ids of `text`. What cannot fit is refused before it is tokenised, which takes long."""
         unicode_text(what, text)
-        return self.require_tokenizer().encode(text)
+        tokenizer = self.require_tokenizer()
+        if len(text) > _LONG_TOKENS * self.spec.max_position_embeddings and (lengths := tokenizer.token_lengths):
+            self.check_length(lengths.least(text), what, room=1, at_least=True)
+        return tokenizer.encode(text)
 
     def prompt(self, prompt: Prompt, what: str = "prompt") -> tuple[str | None, list[int]]:
         """Text of `prompt`, if known, and its token ids, with room for at least one more."""

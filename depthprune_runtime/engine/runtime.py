@@ -19,6 +19,7 @@ from depthprune_runtime.engine.kv_cache import kv_blocks_needed
 from depthprune_runtime.engine.memory import default_kv_memory, free_memory, kv_block_bytes
 from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, RequestOutputs, StreamChunk
 from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.process import Process
 from depthprune_runtime.engine.prompts import Prompt, listed
 from depthprune_runtime.engine.values import refuse, token_ids
 from depthprune_runtime.engine.weights import decoder_weights
@@ -52,6 +53,7 @@ class Runtime:
         skip_tokenizer_init: bool = False,
     ) -> None:
         self.name = checkpoint.name
+        self._process = Process(f"the model {checkpoint.name}")
         self.spec: DecoderSpec = checkpoint.spec
         self.plan: Mapping[str, Any] | None = checkpoint.plan
         self.provenance: Mapping[str, Any] = checkpoint.provenance
@@ -111,6 +113,7 @@ class Runtime:
 
     def engine(self, **options: Any) -> Engine:
         """An engine over this model, for serving; options: the keyword arguments of `Engine`."""
+        self._process.check(self.device)
         return Engine(self.decoder, self._inputs, **options)
 
     def generate(
@@ -168,6 +171,7 @@ class Runtime:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:  # [S] -> [S, V], or [B, S] -> [B, S, V]
         """Next-token logits after every token, in the compute dtype, without a cache."""
+        self._process.check(self.device)
         tokens = self._id_tensor(ids)
         rows = tokens if tokens.dim() == 2 else tokens[None]
         self._inputs.check_length(rows.shape[1], "ids", room=0)

@@ -108,7 +108,10 @@ def test_extreme_but_allowed_parameters_run(pico_runtime):
         ({"request_id": "x" * 257}, "request_id: expected a string of 1 to 256 printable"),
         ({"request_id": "a\nb"}, "request_id: expected a string of 1 to 256 printable"),
         ({"request_id": "\udcff"}, "request_id: expected a string of 1 to 256 printable"),
-        ({"sampling_params": dataclasses.replace(GREEDY, n=129)}, r"n: expected at most 128 \(max_n and max_waiting\), got 129"),
+        (
+            {"sampling_params": dataclasses.replace(GREEDY, n=129)},
+            r"n: expected at most 128 \(max_n and max_waiting\), got 129",
+        ),
         ({"sampling_params": dataclasses.replace(GREEDY, logprobs=21)}, "logprobs: expected at most 20"),
         ({"prompt": [2**63]}, "below 64"),
         ({"prompt": [HUGE]}, "below 64"),
