@@ -56,7 +56,11 @@ owner.shutdown()
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_a_child_is_told_and_the_parent_goes_on(pico_file):
     done = subprocess.run(
-        [sys.executable, "-c", CODE.format(path=str(pico_file))], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", CODE.format(path=str(pico_file))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert (lines.pop("alone"), lines.pop("parent")) == ("True", "True")

@@ -151,3 +151,49 @@ def test_top_logprobs_of_a_batch_equal_those_of_its_rows():
 def test_whole_numbers_are_required(name, value):
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
+
+
+class Fixed:
+    """A random source that always says the same."""
+
+    def __init__(self, bits):
+        self.bits = bits
+
+    def getrandbits(self, count):
+        return self.bits if self.bits >= 0 else (1 << count) + self.bits
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(0, 2), (-1, 4)])
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be_drawn(bits, expected, options):
+    """u = 0 gives the first token that was not removed, not token 0; the largest u gives the last."""
+    logits = torch.tensor([[-9.0, -9.0, 1.0, 1.1, 0.9, -9.0]])
+    sampler = sampler_of(SamplingParams(seed=1, **options), (), 0, 6)
+    sampler._random = Fixed(bits)
+    assert sample_batch(logits, [sampler]) == [expected]
+    plain = sampler_of(SamplingParams(seed=1), (), 0, 6)
+    plain._random = Fixed(bits)
+    removed = logits.masked_fill(logits < 0, -float("inf"))
+    assert sample_batch(removed, [plain]) == [expected]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 9.9e-6, 1e-5, 1e-3])
+@pytest.mark.parametrize("largest", [1.0, 6e4, 1e30])
+def test_a_low_temperature_gives_the_most_likely_token(temperature, largest):
+    logits = torch.tensor([[0.0, largest, 0.5 * largest, -largest]])
+    sampler = sampler_of(SamplingParams(temperature=temperature, seed=1), (), 0, 4)
+    assert sample_batch(logits, [sampler]) == [1]
+
+
+def test_temperatures_below_a_limit_are_greedy():
+    assert SamplingParams(temperature=9.9e-6).greedy
+    assert not SamplingParams(temperature=1e-5).greedy
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_ends_of_the_penalty_give_finite_logits(penalty):
+    """Of bfloat16's large logits, too: dividing or multiplying them stays in float32."""
+    logits = torch.tensor([[3e38 / 101, -3e38 / 101, 1.0]])
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, seed=1, repetition_penalty=penalty)
+        assert sample_batch(logits, [sampler_of(params, (0, 1), 0, 3)])[0] in (0, 1, 2)
