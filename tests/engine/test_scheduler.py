@@ -285,8 +285,10 @@ def test_decoded_tokens_are_found_in_the_cache(ahead):
             first.append(next_token(first.token_ids))
         if first.finished:
             line.remove(first)
-        elif steps > 1:
+            break
+        if steps > 1:
             line.catch_up(first)
+        assert line.pool.num_cached == first.num_computed // 4  # while it still runs
     again = request([*first.token_ids, 7], 1)
     line.add([again])
     chunk = line.schedule()[0]
