@@ -25,10 +25,12 @@ from depthprune_runtime.detokenizer import Detokenizer, is_library_error
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.heap import return_free_heap
 from depthprune_runtime.text_stream import TextStream
+from depthprune_runtime.token_lengths import TokenLengths, token_lengths
 
 if TYPE_CHECKING:
     from depthprune_runtime.chat_template import Prompt
 
+_LONG = 8192  # characters: some milliseconds
 CHAT_OPTIONS = (
     "tools",
     "documents",
@@ -99,9 +101,17 @@ class Tokenizer:
         model, whoever wrote them. Raises InputError for text that cannot be encoded.
         """
         tokenizer = self._splitting if split_special_tokens else self._tokenizer
-        with self._encoding(text):  # as a batch, for then other threads run meanwhile
-            ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        with self._encoding(text):
+            if len(text) < _LONG:
+                ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            else:  # only a batch releases the GIL
+                ids = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
+
+    @functools.cached_property
+    def token_lengths(self) -> TokenLengths | None:
+        """Tells how many tokens a text has at least; None where that is not known."""
+        return token_lengths(self._tokenizer)
 
     @contextlib.contextmanager
     def _encoding(self, text: str) -> Iterator[None]:
@@ -172,7 +182,7 @@ class Tokenizer:
         if not prompt.quoted:
             return prompt.text, self.encode(prompt.text, add_special_tokens=False)
         with self._encoding(prompt.text):
-            encoded = self._tokenizer.encode(prompt.text, add_special_tokens=False)
+            encoded = self._tokenizer.encode_batch([prompt.text], add_special_tokens=False)[0]
         starts = [start for start, _ in prompt.quoted]
         ids: list[int] = []
         for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):

@@ -26,7 +26,8 @@ class Request:
     request_id, output_index: whose output it is; prompt_ids: the prompt's tokens; params: how to sample; eos_ids: ids
     that end it; max_length: prompt and output together, by the model's context; text: None where the checkpoint has
     no tokenizer; priority: lower is sooner; stops: what finds the stop strings, None if there are none; stop_tokens: id
-    -> stop string, of special tokens that are left out of the text and end it as stop strings.
+    -> stop string, of special tokens that are left out of the text and end it as stop strings. end_ids: every token
+    that ends it.
 
     The scheduler's part: arrival (its number, unique), key (its place in line), table and num_computed (tokens whose
     keys and values are in the cache), seat (its row among the running), blocked_at (see `Scheduler`).
@@ -61,6 +62,7 @@ class Request:
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
         self._stop_ids = frozenset(params.stop_token_ids)
         self._stop_tokens = stop_tokens
+        self.end_ids = sorted(self._eos_ids | self._stop_ids | stop_tokens.keys())
         self._stops = stops
         self._stop_state = 0
         self._source = text
@@ -94,11 +96,6 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end it."""
-        return sorted(self._eos_ids | self._stop_ids | self._stop_tokens.keys())
 
     @property
     def max_cached_tokens(self) -> int:

@@ -198,7 +198,7 @@ def test_output_stops_at_the_context(pico_runtime):
         ([[5, -1]], {}, "got -1"),
         ([[5] * pico.CONTEXT], {}, "at most 255 tokens"),
         ([[5, "a"]], {}, "token ids"),
-        ("the", {"temperature": -1}, "temperature: expected a number >= 0, got -1"),
+        ("the", {"temperature": -1}, "temperature: expected a number from 0 to 10000, got -1"),
         ("the", {"top_p": 0}, "top_p"),
         ("the", {"max_new_tokens": 0}, "max_tokens"),
         ("the", {"colour": 1}, "unknown options"),
