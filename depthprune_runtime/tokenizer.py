@@ -172,7 +172,7 @@ class Tokenizer:
         if not prompt.quoted:
             return prompt.text, self.encode(prompt.text, add_special_tokens=False)
         with self._encoding(prompt.text):
-            encoded = self._tokenizer.encode(prompt.text, add_special_tokens=False)
+            encoded = self._tokenizer.encode_batch([prompt.text], add_special_tokens=False)[0]
         starts = [start for start, _ in prompt.quoted]
         ids: list[int] = []
         for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
