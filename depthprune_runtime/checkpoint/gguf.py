@@ -70,9 +70,10 @@ class GGUFCheckpoint(DenseCheckpoint):
             raise InputError(f"{self.path}: {key}: blocks that differ are not supported, got {printable(value)}")
         if value is None:
             raise InputError(f"{self.path}: metadata key {key} is missing")
-        if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+        number: Any = value if isinstance(value, kinds) and not isinstance(value, bool) else 0
+        if not number > 0:
             raise InputError(f"{self.path}: {key}: expected a positive number, got {printable(repr(value))}")
-        return value
+        return number
 
     def _config(self) -> dict[str, Any]:
         """The file's metadata as a Hugging Face config."""

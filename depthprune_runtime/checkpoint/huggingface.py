@@ -22,7 +22,7 @@ from depthprune_runtime.checkpoint.base import (
 )
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES, read_header
 from depthprune_runtime.checkpoint.dense import DenseCheckpoint, StoredTensor, check_block_count, check_tensors
-from depthprune_runtime.checkpoint.gate import read_object, reading
+from depthprune_runtime.checkpoint.gate import parse_json, read_object, reading
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.families import FAMILIES, HF_NAMES, decoder_spec
 
@@ -86,7 +86,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not index.is_file():
         with reading(single):
             return {n: single for n in read_header(single) if n != "__metadata__"} if single.is_file() else {}
-    listed = read_object(index).get("weight_map")
+    with reading(index):
+        content = parse_json(index.read_bytes(), str(index))
+    listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict):
         raise InputError(f"{index}: not a weight index: expected an object weight_map, got {type(listed).__name__}")
     names = {name for name in listed.values() if isinstance(name, str)}
@@ -192,7 +194,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         if self._stored[head] == self._stored[embedding] and torch.equal(self._read(head), self._read(embedding)):
             return True
         _log.warning(
-            "%s: its config ties the output head to the embedding, but the files hold a head of their own, which is used",
+            "%s: its config ties the output head to the embedding, but the files hold another head, which is used",
             self.folder,
         )
         return False
