@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -108,11 +107,6 @@ def check_tensors(
         _log.warning("%s: %d tensors are not used: %s", where, len(left), _few(left))
 
 
-def _all_finite(values: Tensor) -> bool:
-    # a sum shows what is not finite at the speed of memory; its own overflow needs the second look
-    return math.isfinite(values.sum(dtype=torch.float32)) or bool(values.isfinite().all())
-
-
 class DenseCheckpoint(Checkpoint):
     """A checkpoint whose packed tensors are concatenated from those of a source in another format."""
 
@@ -127,16 +121,19 @@ class DenseCheckpoint(Checkpoint):
     def _read(self, source: str) -> Tensor:
         """Tensor `source` of the files, as it is stored or dequantised."""
 
-    def _part(self, source: str) -> Tensor:
-        """Tensor `source` in `dtype`, all values finite."""
-        values = self._read(source)
-        converted = values.to(self.dtype)
-        if not _all_finite(converted):
-            if values.is_floating_point() and _all_finite(values):
+    def _converted(self, source: str, values: Tensor) -> Tensor:
+        """`values` of tensor `source` in `dtype`, all of them finite there."""
+        ends = torch.stack(torch.aminmax(values))  # NaN, if there is one; faster than isfinite
+        if not ends.to(self.dtype).isfinite().all():
+            if ends.isfinite().all():
                 dtype = str(self.dtype).removeprefix("torch.")
                 raise InputError(f"{self.where}: {source}: its values overflow {dtype}; use bfloat16 or float32")
             raise InputError(f"{self.where}: {source}: expected finite weights, got infinite values or NaN")
-        return converted
+        return values.to(self.dtype)
+
+    def _part(self, source: str) -> Tensor:
+        """Tensor `source` in `dtype`."""
+        return self._converted(source, self._read(source))
 
     def tensor(self, name: str) -> Tensor:
         parts = [self._part(source) for source in self._parts[name]]

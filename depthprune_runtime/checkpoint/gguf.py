@@ -7,11 +7,12 @@ order here. Nothing is taken from outside the file but the other parts of a spli
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from depthprune_runtime.checkpoint.dense import DenseCheckpoint, StoredTensor, check_block_count, check_tensors
@@ -27,6 +28,8 @@ __all__ = ["GGUFCheckpoint", "is_gguf"]
 
 _ARCHITECTURES = ("llama", "qwen2")
 _ROPE_FACTORS = "rope_freqs.weight"
+_PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+_PIECE = 1 << 18  # elements, a multiple of every block size; 1 MiB in float32
 # metadata under which llama.cpp computes something else than the layers here
 _UNSUPPORTED = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale", "attention.clamp_kqv")
 
@@ -131,21 +134,38 @@ class GGUFCheckpoint(DenseCheckpoint):
         factor = self._number(f"{arch}.rope.scaling.factor", (int, float), old_factor or 1.0)
         return {"rope_theta": theta, "rope_type": kind, "factor": factor}
 
-    def _read(self, source: str) -> Tensor:
+    def _pieces(self, source: str) -> Iterator[Tensor]:
+        """Tensor `source`, dequantised and flat, in pieces that stay in the cache."""
         from gguf.quants import dequantize
 
         header = self._homes[source]
         tensor = header.tensors[source]
-        try:
-            values = dequantize(header.values(source), tensor.kind)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(f"{self.path}: {source}: cannot dequantise {tensor.kind.name}: {error}") from error
-        if not values.flags.writeable:  # a view of the mapped file, which torch would let others write to
-            values = values.copy()
-        return torch.from_numpy(values.reshape(tensor.shape))
+        if tensor.kind in _PLAIN:
+            values = header.raw(source).view("<f4" if tensor.kind == GGMLQuantizationType.F32 else "<f2")
+            for first in range(0, values.size, _PIECE):
+                yield torch.from_numpy(values[first : first + _PIECE].copy())  # a mapped file cannot be written to
+            return
+        elements, nbytes = GGML_QUANT_SIZES[tensor.kind]
+        step = _PIECE // elements * nbytes
+        data = header.raw(source)
+        for first in range(0, tensor.nbytes, step):
+            try:
+                values = dequantize(data[first : first + step][None], tensor.kind)
+            except (NotImplementedError, ValueError) as error:
+                raise InputError(f"{self.path}: {source}: cannot dequantise {tensor.kind.name}: {error}") from error
+            yield torch.from_numpy(values.reshape(-1))
+
+    def _read(self, source: str) -> Tensor:
+        return torch.cat(list(self._pieces(source))).view(self._homes[source].tensors[source].shape)
 
     def _part(self, source: str) -> Tensor:
-        values = super()._part(source)
+        shape = self._homes[source].tensors[source].shape
+        flat = torch.empty(torch.Size(shape).numel(), dtype=self.dtype)
+        first = 0
+        for piece in self._pieces(source):
+            flat[first : first + piece.numel()] = self._converted(source, piece)
+            first += piece.numel()
+        values = flat.view(shape)
         attention = self.spec.attention_sublayers()[0]
         if self._interleaved and ".attn_q." in source:
             return _half_split(values, attention, attention.num_heads)

@@ -51,17 +51,10 @@ class GGUFHeader:
     tensors: Mapping[str, GGUFTensor]
     data: Any
 
-    def values(self, name: str) -> Any:
-        """Raw data of tensor `name` for `gguf.quants.dequantize`: numbers, or bytes [..., bytes a row]."""
+    def raw(self, name: str) -> Any:
+        """Bytes of tensor `name`, mapped, uint8 [nbytes]."""
         tensor = self.tensors[name]
-        raw = self.data[tensor.offset : tensor.offset + tensor.nbytes]
-        if tensor.kind == GGMLQuantizationType.F32:
-            return raw.view("<f4").reshape(tensor.shape)
-        if tensor.kind == GGMLQuantizationType.F16:
-            return raw.view("<f2").reshape(tensor.shape)
-        *rows, columns = tensor.shape
-        elements, nbytes = GGML_QUANT_SIZES[tensor.kind]
-        return raw.reshape(*rows, columns // elements * nbytes)
+        return self.data[tensor.offset : tensor.offset + tensor.nbytes]
 
 
 class _Cursor:
