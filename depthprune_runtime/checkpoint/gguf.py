@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
@@ -134,8 +135,8 @@ class GGUFCheckpoint(DenseCheckpoint):
         factor = self._number(f"{arch}.rope.scaling.factor", (int, float), old_factor or 1.0)
         return {"rope_theta": theta, "rope_type": kind, "factor": factor}
 
-    def _pieces(self, source: str) -> Iterator[Tensor]:
-        """Tensor `source`, dequantised and flat, in pieces that stay in the cache."""
+    def _pieces(self, source: str) -> Iterator[Any]:
+        """Tensor `source`, dequantised and flat, as arrays that stay in the cache."""
         from gguf.quants import dequantize
 
         header = self._homes[source]
@@ -143,7 +144,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         if tensor.kind in _PLAIN:
             values = header.raw(source).view("<f4" if tensor.kind == GGMLQuantizationType.F32 else "<f2")
             for first in range(0, values.size, _PIECE):
-                yield torch.from_numpy(values[first : first + _PIECE].copy())  # a mapped file cannot be written to
+                yield values[first : first + _PIECE].copy()  # of a mapped file, which torch takes for writable
             return
         elements, nbytes = GGML_QUANT_SIZES[tensor.kind]
         step = _PIECE // elements * nbytes
@@ -153,18 +154,20 @@ class GGUFCheckpoint(DenseCheckpoint):
                 values = dequantize(data[first : first + step][None], tensor.kind)
             except (NotImplementedError, ValueError) as error:
                 raise InputError(f"{self.path}: {source}: cannot dequantise {tensor.kind.name}: {error}") from error
-            yield torch.from_numpy(values.reshape(-1))
+            yield values.reshape(-1)
 
     def _read(self, source: str) -> Tensor:
-        return torch.cat(list(self._pieces(source))).view(self._homes[source].tensors[source].shape)
+        whole = np.concatenate(list(self._pieces(source)))
+        return torch.from_numpy(whole.reshape(self._homes[source].tensors[source].shape))
 
     def _part(self, source: str) -> Tensor:
         shape = self._homes[source].tensors[source].shape
         flat = torch.empty(torch.Size(shape).numel(), dtype=self.dtype)
         first = 0
         for piece in self._pieces(source):
-            flat[first : first + piece.numel()] = self._converted(source, piece)
-            first += piece.numel()
+            self._check_range(source, float(piece.min()), float(piece.max()))
+            flat[first : first + piece.size] = torch.from_numpy(piece)
+            first += piece.size
         values = flat.view(shape)
         attention = self.spec.attention_sublayers()[0]
         if self._interleaved and ".attn_q." in source:
