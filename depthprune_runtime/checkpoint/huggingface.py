@@ -67,14 +67,12 @@ def tokenizer_assets(folder: Path) -> dict[str, bytes]:
         return {n: (Path(saved) / n).read_bytes() for n in wanted if (Path(saved) / n).is_file()}
 
 
-def _shard(folder: Path, name: object) -> Path:
-    """File `name` of an index, which must lie in `folder` or below it."""
+def _file_name(name: object) -> str:
+    """A value of an index, which must name a file in the folder or below it."""
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or parts[0] == "/" or ".." in parts or "\0" in str(name):
-        raise InputError(
-            f"{folder / _INDEX}: weight_map: expected names of files in this folder, got {printable(repr(name))}"
-        )
-    return folder.joinpath(*parts)
+    if not isinstance(name, str) or not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+        raise InputError(f"weight_map: expected names of files in this folder, got {printable(repr(name))}")
+    return name
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -91,13 +89,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict):
         raise InputError(f"{index}: not a weight index: expected an object weight_map, got {type(listed).__name__}")
-    names = {name for name in listed.values() if isinstance(name, str)}
-    files = {name: _shard(folder, name) for name in names}
     with reading(index):
+        files = {name: folder / name for name in dict.fromkeys(map(_file_name, listed.values()))}
         missing = sorted(name for name, path in files.items() if not path.is_file())
     if missing:
         raise InputError(f"{folder}: {len(missing)} shards are missing, {printable(missing[0])} first")
-    return {name: files[file] if file in names else _shard(folder, file) for name, file in listed.items()}
+    return {name: files[file] for name, file in listed.items()}
 
 
 class HuggingFaceCheckpoint(DenseCheckpoint):
