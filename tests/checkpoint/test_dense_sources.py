@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shutil
@@ -273,6 +272,13 @@ def bad_token_files():
     yield "\x1b[31m", "tokenizer cannot be loaded"
 
 
+def test_a_bare_vocabulary_is_checked_too(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps({"a": (1 << 31) - 1}))
+    with pytest.raises(InputError, match=r"vocab\.json: token 'a': expected a token id"):
+        dict(open_checkpoint(folder).assets)
+
+
 @pytest.mark.parametrize(("content", "message"), bad_token_files())
 def test_bad_tokenizers_are_one_line(folder, content, message):
     (folder / "tokenizer.json").write_text(content)
@@ -285,7 +291,7 @@ CODE = "import pathlib\npathlib.Path({mark!r}).touch()\nclass Own: pass\n"
 
 
 @pytest.mark.parametrize("with_tokenizer_json", [True, False])
-def test_python_of_a_folder_never_runs(folder, tmp_path, monkeypatch, with_tokenizer_json):
+def test_python_of_a_folder_never_runs(folder, tmp_path, with_tokenizer_json):
     mark = tmp_path / "ran"
     (folder / "own.py").write_text(CODE.format(mark=str(mark)))
     auto = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"], "AutoModelForCausalLM": "own.Own"}
@@ -295,10 +301,14 @@ def test_python_of_a_folder_never_runs(folder, tmp_path, monkeypatch, with_token
     if not with_tokenizer_json:
         (folder / "tokenizer.json").unlink()
         (folder / "vocab.json").write_text('{"a": 0}')
-    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
-    code = "import sys; from depthprune_runtime.checkpoint import open_checkpoint; dict(open_checkpoint(sys.argv[1]).assets)"
+    code = "import sys; from depthprune_runtime import checkpoint; dict(checkpoint.open_checkpoint(sys.argv[1]).assets)"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], input="y\n" * 100, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, str(folder)],
+        input="y\n" * 100,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert "Do you wish to run" not in done.stdout + done.stderr
     assert done.returncode == 0 or "InputError" in done.stderr.strip().splitlines()[-1], done.stderr
