@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ _log = logging.getLogger("depthprune_runtime")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DOWNLOAD = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -63,7 +65,8 @@ def tokenizer_assets(folder: Path) -> dict[str, bytes]:
     tokenizer = transformers_tokenizer(folder)
     wanted = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
     with tempfile.TemporaryDirectory() as saved:
-        tokenizer.save_pretrained(saved)
+        one = not isinstance(tokenizer.chat_template, dict)  # several go into the tokenizer's config
+        tokenizer.save_pretrained(saved, save_jinja_files=one)
         return {n: (Path(saved) / n).read_bytes() for n in wanted if (Path(saved) / n).is_file()}
 
 
@@ -105,6 +108,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None, name: str | None = None) -> None:
         self.folder = self.where = folder
+        self.source_files = (folder,)
         self.name = name or folder.name or str(folder)
         self._open: dict[Path, Any] = {}
         stored = self._stored_config()
@@ -122,6 +126,8 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             self._set_parts(table, decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)}))
         unused = table[_HEAD] if self.spec.tie_word_embeddings else ()
         check_tensors(folder, self._parts, self._stored, _FLOATS, unused)
+        # what Transformers makes a generation config of where there is none
+        self._special_ids = {n: config[n] for n in _SPECIAL_IDS if config.get(n) is not None}
         self.provenance = {
             "source": self.name,
             "format": "huggingface",
@@ -225,8 +231,9 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             _log.warning("%s: no tokenizer (one of %s)", self.folder, ", ".join(_TOKENIZER_SOURCES))
         generation = self.folder / GENERATION_CONFIG_FILE
         if generation.is_file():
-            read_object(generation)
             assets[GENERATION_CONFIG_FILE] = generation.read_bytes()
+        elif self._special_ids:
+            assets[GENERATION_CONFIG_FILE] = json.dumps(self._special_ids).encode()
         return assets
 
     @property

@@ -219,7 +219,7 @@ def test_configs_that_do_not_fit_are_one_line(folder, changes, message):
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "generation_config.json"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(
     "content",
     [b"{", b"[]", b"3", b"\xff\xfe{}", b'{"a":' * 5000, b"[" * 100_000, b'{"a": NaN}', b'{"a": 1' + b"0" * 400 + b"}",
@@ -234,22 +234,34 @@ def test_files_that_are_not_what_they_should_be_are_one_line(folder, file, conte
 
 
 @pytest.mark.parametrize(
-    "weight_map",
+    ("weight_map", "message"),
     [
-        None, 3, [], {"a": 3}, {"a": None}, {"a": ["b"]}, {"a": ""}, {"a": "/etc/passwd"}, {"a": "../x.safetensors"},
-        {"a": "b/../../x"}, {"a": "x" * 300}, {"a": "x\0y"}, {"a": "x\x1b[31m"}, {"__metadata__": "model.safetensors"},
-        {"lm_head.weights": "model.safetensors"},
+        (None, "not a weight index"),
+        (3, "not a weight index"),
+        ([], "not a weight index"),
+        ({"a": "x" * 300}, "cannot be read: File name too long"),
+        ({"a": "x\x1b[31m"}, r"1 shards are missing, x\\x1b\[31m first"),
+        ({"__metadata__": "model.safetensors"}, "tensor __metadata__, which the index places here, is missing"),
+        ({"lm_head.weights": "model.safetensors"}, r"tensor lm_head\.weights, which the index places here, is missing"),
     ],
-)  # fmt: skip
-def test_indexes_that_name_no_shard_are_one_line(folder, weight_map):
+)
+def test_indexes_that_name_no_shard_are_one_line(folder, weight_map, message):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(InputError, match="model") as error:
+    with pytest.raises(InputError, match=message) as error:
         open_checkpoint(folder)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 500
 
 
-def test_shards_of_one_name_in_several_folders(pico_llama, tmp_path):
+@pytest.mark.parametrize("name", [3, None, ["b"], {}, "", "/etc/passwd", "../x.safetensors", "b/../../x", "x\0y"])
+def test_shards_lie_in_the_folder_of_their_index(folder, name):
+    (folder.parent / "x").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {HEAD: name}}))
+    with pytest.raises(InputError, match=r"index\.json: weight_map: expected names of files in this folder, got "):
+        open_checkpoint(folder)
+
+
+def test_shards_of_of_one_name_in_several_folders(pico_llama, tmp_path):
     tensors = {k: v.contiguous() for k, v in pico_llama[0].state_dict().items()}
     folder = shutil.copytree(pico_llama[1], tmp_path / "m")
     (folder / "model.safetensors").unlink()
