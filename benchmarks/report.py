@@ -22,7 +22,7 @@ MARKDOWN = tables.RESULTS / "report.md"
 
 def joined_table() -> str:
     """Perplexity and decode rate where both were measured of the same model: so far the dense one, by precision."""
-    scores = tables.last(tables.read("quantization"), "variant")
+    scores = tables.newest("quantization", "variant")
     rates = tables.last([r for r in tables.read("cpu") if r["model"] == "smollm2-135m"], *_CPU)
     lines = []
     for precision in ("bf16", "int8", "int4"):
