@@ -29,7 +29,7 @@ from typing import Any
 import zero_shot
 from common import append_rows, environment, is_clean, print_json, recorded_rows
 
-WINDOWS = 1
+WINDOWS = 32
 SEQ_LEN = 1024
 # Variants: method and options by the name they have in the rows.
 PAPER = {"grouping": "similarity", "selection": "importance"}
