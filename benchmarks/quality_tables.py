@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import zero_shot
-from tables import Row, last, markdown, read
+from tables import NOT_MEASURED, Row, last, markdown, read
 
 from depthprune_runtime.evaluation.results import Metric, TaskResult, paired_papers_mean
 
 MAIN = ("dense", "shortgpt", "finercut, fast", "flattengpt")
-NOT_MEASURED = "not measured"
+DEPTHS = (2, 3, 6, 9)  # of 30 blocks fewer
 # Rows from before are of other rules, or of another text under the same name: (column, beginning of its value, date).
 SINCE = (
     ("variant", "finercut", "2026-11-28"),  # protected one block fewer than the official code
     ("variant", "flatten", "2026-11-28"),  # another strength of the compensation, and fewer windows of similarity
     ("calibration", "builtin", "2026-11-28"),  # shared paragraphs with builtin-test
 )
-TIE = 1.01  # perplexities closer than this count as equal: seeds alone move them by up to 0.5 %
+TIE = 1.01  # perplexities closer than this count as equal
 
 
 def counts(row: Row) -> bool:
@@ -117,32 +117,39 @@ def _signed(pair: tuple[float, float] | None, missing: str = NOT_MEASURED) -> st
 
 
 def winner(values: Sequence[float]) -> float | None:
-    """The least of them if it is more than a tie below every other."""
+    """The least of them if it is more than a tie below every other; None also where there is nothing to beat."""
     least, *others = sorted(values)
     return least if others and others[0] > TIE * least else None
 
 
 def quality_table() -> str:
+    """Every method at every depth; what has no row says so."""
+    rows = {(r["blocks_fewer"], r["variant"], r["repair"]): r for r in quality_rows() if r["variant"] in MAIN}
+    wanted = [(0, "dense", "none")]
+    wanted += [(b, variant, repair) for b in DEPTHS for variant in sorted(MAIN[1:]) for repair in ("none", "ridge")]
+    order = sorted({*wanted, *rows})
     lines = []
-    rows = [r for r in quality_rows() if r["variant"] in MAIN]
-    for row in rows:
-        pruned, repaired = row["blocks_fewer"] > 0, row["repair"] != "none"
-        best = winner([r["perplexity"] for r in rows if r["blocks_fewer"] == row["blocks_fewer"]])
+    for key in order:
+        blocks, variant, repair = key
+        start = [str(blocks), variant, repair if blocks else ""]
+        if key not in rows:
+            lines.append([*start, "", NOT_MEASURED, *[""] * 6])
+            continue
+        row = rows[key]
+        best = winner([r["perplexity"] for r in rows.values() if r["blocks_fewer"] == blocks])
         value, lambada = f"{row['perplexity']:.2f}", row["lambada"]
         words = NOT_MEASURED if lambada is None else f"{100 * lambada['acc']:.1f} ({lambada['perplexity']:.1f})"
         lines.append(
             [
-                str(row["blocks_fewer"]),
-                row["variant"],
-                row["repair"] if pruned else "",
+                *start,
                 f"{row['parameters'] / 1e6:.1f} M",
                 f"**{value}**" if row["perplexity"] == best else value,
                 _plain(row["zero_shot"]),
-                _signed(row["to_dense"]) if pruned else "",
-                _signed(row["by_repair"]) if repaired else "",
+                _signed(row["to_dense"]) if blocks else "",
+                _signed(row["by_repair"]) if repair != "none" else "",
                 words,
-                f"{row['prune_s']:.0f} s" if pruned else "",
-                f"{row['peak_mb']} MB" if pruned else "",
+                f"{row['prune_s']:.0f} s" if blocks else "",
+                f"{row['peak_mb']} MB" if blocks else "",
             ]
         )
     heads = (

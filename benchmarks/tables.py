@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 Row = Mapping[str, str]
+NOT_MEASURED = "not measured"
 WHERE = "_where"  # file:line, where a row ends
 
 
@@ -153,14 +154,36 @@ def gain_table() -> str:
     return markdown(("", *(f"{models[model]}, {precision}" for model, precision in columns)), lines)
 
 
+# Name and what it is compared with: itself without quantisation.
+QUANTIZED = {
+    "bf16": "",
+    "int8": "bf16",
+    "int4": "bf16",
+    "int4, gptq only": "bf16",
+    "int4, round to nearest": "bf16",
+    "q4_0 of llama.cpp": "bf16",
+    "shortgpt": "",
+    "shortgpt, then int8": "shortgpt",
+    "shortgpt, then int4": "shortgpt",
+    "shortgpt as printed": "",
+    "shortgpt as printed, then int4": "shortgpt as printed",
+    "int4, then shortgpt as printed": "shortgpt as printed",
+}
+
+
 def quantization_table() -> str:
     """What quantised models lose, alone and with pruning in both orders."""
-    rows = newest("quantization", "variant")
-    lines = [
-        [variant, f"{float(row['weight_mb']):.0f} MB", f"{float(row['perplexity']):.2f}"]
-        for (variant,), row in rows.items()
-    ]
-    return markdown(("", "weights", "perplexity"), lines)
+    rows = {variant: row for (variant,), row in newest("quantization", "variant").items()}
+    lines = []
+    for variant, base in {**QUANTIZED, **{v: "" for v in rows if v not in QUANTIZED}}.items():
+        row, whole = rows.get(variant), rows.get(base)
+        if row is None:
+            lines.append([variant, NOT_MEASURED, NOT_MEASURED, ""])
+            continue
+        value = float(row["perplexity"])
+        more = "" if whole is None else f"{100 * (value / float(whole['perplexity']) - 1):+.1f} %"
+        lines.append([variant, f"{float(row['weight_mb']):.0f} MB", f"{value:.2f}", more])
+    return markdown(("", "weights", "perplexity", "over the same in bf16"), lines)
 
 
 # the modules named here import this one

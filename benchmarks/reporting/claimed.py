@@ -110,6 +110,7 @@ def _gptq(layers: int, speedup: float) -> Claim:
     return dataclasses.replace(
         claim,
         name="shortgpt-gptq-throughput",
+        ratio="27.1%",
         note="4331.23 to 5146.99 tokens/s; batch not given",
         checks=(
             Cpu("shortgpt 25%", "decode1@32", "int4"),
