@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tables
 from claims import Result, claim_text, results
+from reporting.model import NOT_TO_BE_HAD
 from reporting.page import page
 from reporting.plots import PLOTS
 
@@ -22,7 +23,7 @@ MARKDOWN = tables.RESULTS / "report.md"
 
 def joined_table() -> str:
     """Perplexity and decode rate where both were measured of the same model: so far the dense one, by precision."""
-    scores = tables.last(tables.read("quantization"), "variant")
+    scores = tables.newest("quantization", "variant")
     rates = tables.last([r for r in tables.read("cpu") if r["model"] == "smollm2-135m"], *_CPU)
     lines = []
     for precision in ("bf16", "int8", "int4"):
@@ -75,7 +76,8 @@ def report_markdown() -> str:
         "# Claimed, measured, floor\n\n"
         "Made by `make report` from the rows beside this file; what stands in a row of the table is reproduced by the\n"
         "command below of the same name, or by `python benchmarks/claims.py --measure NAME`.\n\n"
-        f"{claims_table(found)}\n\n## Perplexity and measured latency of the same model\n\n{joined_table()}\n\n"
+        f"{claims_table(found)}\n\nNot to be had, and so not claimed here: {'; '.join(NOT_TO_BE_HAD)}.\n\n"
+        f"## Perplexity and measured latency of the same model\n\n{joined_table()}\n\n"
         f"## Commands\n\n{commands(found).rstrip()}\n"
     )
 

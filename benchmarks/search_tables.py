@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from tables import last, markdown, read
+from tables import markdown, newest
 
 
 def finercut_table() -> str:
     """The last comparison: searches as shares of the plain loop."""
-    rows = last(read("finercut"), "search")
+    rows = newest("finercut", "search")
     lines = [
         [
             name,
@@ -27,7 +27,7 @@ def finercut_table() -> str:
 
 def memory_table() -> str:
     """Peak anonymous memory of each configuration of the last run."""
-    rows = last(read("memory"), "method", "repair", "model", "blocks_fewer")
+    rows = newest("memory", "method", "repair", "model", "blocks_fewer")
     lines = [
         [
             f"{row['method'].partition(',')[0]}, repair {row['repair']}",

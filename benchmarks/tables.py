@@ -5,7 +5,7 @@
     python benchmarks/tables.py --json    # the tables' rows
 
 A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`. Of several rows of one configuration the last
-one counts.
+one counts; rows of a tree with uncommitted changes (a commit that ends in +) count nowhere.
 """
 
 from __future__ import annotations
@@ -14,32 +14,47 @@ import argparse
 import csv
 import importlib
 import json
-import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-LIMIT = 500  # rows of a zero-shot task
 Row = Mapping[str, str]
+NOT_MEASURED = "not measured"
+WHERE = "_where"  # file:line, where a row ends
 
 
-def read(name: str, folder: Path = RESULTS) -> list[dict[str, str]]:
-    path = folder / f"{name}.csv"
+def published(row: Row) -> bool:
+    """Whether it was measured on a commit as it stands: rows of a tree with other changes cannot be measured again."""
+    return not row["commit"].endswith("+")
+
+
+def every_row(name: str, folder: Path | None = None) -> list[dict[str, str]]:
+    """All that is recorded, each row with its place."""
+    path = (folder or RESULTS) / f"{name}.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        return [{**row, WHERE: f"{path.name}:{reader.line_num}"} for row in reader]
+
+
+def read(name: str, folder: Path | None = None) -> list[dict[str, str]]:
+    """The rows that tables and claims may use."""
+    return [row for row in every_row(name, folder) if published(row)]
 
 
 def last(rows: Sequence[Row], *key: str) -> dict[tuple[str, ...], Row]:
     """The last row of every configuration, in order of first appearance."""
     return {tuple(row[k] for k in key): row for row in rows}
+
+
+def newest(name: str, *key: str) -> dict[tuple[str, ...], Row]:
+    """The last row of every configuration where it may be used: an older one would be of another version."""
+    return {which: row for which, row in last(every_row(name), *key).items() if published(row)}
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -49,125 +64,9 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines])
 
 
-def zero_shot(row: Row) -> tuple[float, float] | None:
-    """Mean accuracy over the tasks and its standard error, in per cent."""
-    if not row["accuracy"]:
-        return None
-    found: dict[str, float] = json.loads(row["accuracy"])
-    variance = sum(p * (1 - p) / LIMIT for p in found.values())
-    return 100 * statistics.mean(found.values()), 100 * math.sqrt(variance) / len(found)
-
-
-def quality_rows() -> list[dict[str, Any]]:
-    """One a variant, depth and repair: seed 0, calibrated on WikiText-2, with zero-shot accuracy where it was taken."""
-    rows = [r for r in read("quality") if r["seed"] == "0" and r["calibration"] == "wikitext2"]
-    scored = last([r for r in rows if r["tasks"]], "variant", "blocks_fewer", "repair")
-    found = {**last(rows, "variant", "blocks_fewer", "repair"), **scored}
-    order = sorted(found.values(), key=lambda r: (int(r["blocks_fewer"]), r["variant"], r["repair"]))
-    return [
-        {
-            "blocks_fewer": int(r["blocks_fewer"]),
-            "variant": r["variant"],
-            "repair": r["repair"],
-            "parameters": int(r["parameters"]),
-            "perplexity": float(r["perplexity"]),
-            "zero_shot": zero_shot(r),
-            "prune_s": float(r["prune_s"]),
-            "peak_mb": int(r["peak_mb"]),
-        }
-        for r in order
-    ]
-
-
-MAIN = ("dense", "shortgpt", "finercut, fast", "flattengpt")
-ABLATION = (
-    "flattened, wide",
-    "flattened, heads narrowed",
-    "flattened, heads and channels",
-    "flattengpt, paper's choices",
-)
-
-
-def _score(row: Mapping[str, Any]) -> str:
-    return "" if row["zero_shot"] is None else f"{row['zero_shot'][0]:.1f} ± {row['zero_shot'][1]:.1f}"
-
-
-def _score_of(row: Row) -> str:
-    return _score({"zero_shot": zero_shot(row)})
-
-
-def quality_table() -> str:
-    lines = []
-    rows = [r for r in quality_rows() if r["variant"] in MAIN]
-    for row in rows:
-        best = min(r["perplexity"] for r in rows if r["blocks_fewer"] == row["blocks_fewer"])
-        value = f"{row['perplexity']:.2f}"
-        lines.append(
-            [
-                str(row["blocks_fewer"]),
-                row["variant"],
-                row["repair"] if row["blocks_fewer"] else "",
-                f"{row['parameters'] / 1e6:.1f} M",
-                f"**{value}**" if row["perplexity"] == best and row["blocks_fewer"] else value,
-                _score(row),
-                f"{row['prune_s']:.0f} s" if row["blocks_fewer"] else "",
-                f"{row['peak_mb']} MB" if row["blocks_fewer"] else "",
-            ]
-        )
-    heads = ("blocks fewer", "method", "repair", "parameters", "perplexity", "zero-shot", "prune", "peak memory")
-    return markdown(heads, lines)
-
-
-def ablation_table() -> str:
-    found = {(r["variant"], r["repair"]): r for r in quality_rows() if r["blocks_fewer"] == 3}
-    steps = [
-        ("flattened, left wide", "flattened, wide", "none"),
-        ("+ heads narrowed", "flattened, heads narrowed", "none"),
-        ("+ channels narrowed", "flattened, heads and channels", "none"),
-        ("+ compensation = FlattenGPT as printed", "flattengpt", "none"),
-        ("+ repair", "flattengpt, paper's choices", "ridge"),
-        ("+ our grouping and selection = default", "flattengpt", "ridge"),
-    ]
-    return markdown(
-        ("3 of 30 blocks fewer", "parameters", "perplexity"),
-        [
-            [label, f"{row['parameters'] / 1e6:.1f} M", f"{row['perplexity']:.2f}"]
-            for label, variant, repair in steps
-            if (row := found.get((variant, repair))) is not None
-        ],
-    )
-
-
-def seeds_table() -> str:
-    """Spread over calibration seeds and texts of the repaired methods, beside the methods as printed."""
-    every = [r for r in read("quality") if r["variant"] in MAIN]
-    rows = last([r for r in every if r["repair"] == "ridge"], "variant", "blocks_fewer", "calibration", "seed")
-    printed = last(
-        [r for r in every if r["repair"] == "none" and r["seed"] == "0"], "variant", "blocks_fewer", "calibration"
-    )
-    groups: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows.values():
-        groups.setdefault((row["variant"], int(row["blocks_fewer"]), row["calibration"]), []).append(row)
-    lines = []
-    for (variant, blocks, text), found in sorted(groups.items(), key=lambda g: (g[0][1], g[0][0], g[0][2])):
-        if len(found) > 1 or text != "wikitext2":
-            values = [float(r["perplexity"]) for r in found]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            accuracy = next((_score_of(r) for r in found if _score_of(r)), "")
-            plain = printed.get((variant, str(blocks), text))
-            before = ["", ""] if plain is None else [f"{float(plain['perplexity']):.2f}", _score_of(plain)]
-            average = f"{statistics.mean(values):.2f}{spread}"
-            lines.append([str(blocks), variant, text, str(len(found)), average, accuracy, *before])
-    heads = (
-        "blocks fewer", "method", "calibration text", "seeds", "perplexity, repaired", "zero-shot",
-        "perplexity, as printed", "zero-shot",
-    )  # fmt: skip
-    return markdown(heads, lines)
-
-
 def decode_table() -> str:
     """Cases by candidates: tokens per second (seconds where nothing is generated) and the speedup."""
-    rows = last(read("decode_cpu"), "case", "candidate")
+    rows = newest("decode_cpu", "case", "candidate")
     candidates = ("transformers dense", "ours dense", "ours 6 of 30 dropped")
     lines = []
     for case in dict.fromkeys(case for case, _ in rows):
@@ -186,7 +85,7 @@ def decode_table() -> str:
 
 
 def engine_table() -> str:
-    rows = last(read("engine_cpu"), "test", "candidate")
+    rows = newest("engine_cpu", "test", "candidate")
     lines = []
     for test in dict.fromkeys(test for test, _ in rows):
         ours, theirs = rows.get((test, "ours")), rows.get((test, "transformers"))
@@ -255,14 +154,36 @@ def gain_table() -> str:
     return markdown(("", *(f"{models[model]}, {precision}" for model, precision in columns)), lines)
 
 
+# Name and what it is compared with: itself without quantisation.
+QUANTIZED = {
+    "bf16": "",
+    "int8": "bf16",
+    "int4": "bf16",
+    "int4, gptq only": "bf16",
+    "int4, round to nearest": "bf16",
+    "q4_0 of llama.cpp": "bf16",
+    "shortgpt": "",
+    "shortgpt, then int8": "shortgpt",
+    "shortgpt, then int4": "shortgpt",
+    "shortgpt as printed": "",
+    "shortgpt as printed, then int4": "shortgpt as printed",
+    "int4, then shortgpt as printed": "shortgpt as printed",
+}
+
+
 def quantization_table() -> str:
     """What quantised models lose, alone and with pruning in both orders."""
-    rows = last(read("quantization"), "variant")
-    lines = [
-        [variant, f"{float(row['weight_mb']):.0f} MB", f"{float(row['perplexity']):.2f}"]
-        for (variant,), row in rows.items()
-    ]
-    return markdown(("", "weights", "perplexity"), lines)
+    rows = {variant: row for (variant,), row in newest("quantization", "variant").items()}
+    lines = []
+    for variant, base in {**QUANTIZED, **{v: "" for v in rows if v not in QUANTIZED}}.items():
+        row, whole = rows.get(variant), rows.get(base)
+        if row is None:
+            lines.append([variant, NOT_MEASURED, NOT_MEASURED, ""])
+            continue
+        value = float(row["perplexity"])
+        more = "" if whole is None else f"{100 * (value / float(whole['perplexity']) - 1):+.1f} %"
+        lines.append([variant, f"{float(row['weight_mb']):.0f} MB", f"{value:.2f}", more])
+    return markdown(("", "weights", "perplexity", "over the same in bf16"), lines)
 
 
 # the modules named here import this one
@@ -273,9 +194,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-1b": lambda: cpu_table("random-llama-1b"),
     "gain": gain_table,
     "cpu-avx2": lambda: cpu_table("smollm2-135m", "cpu_avx2"),
-    "quality": quality_table,
-    "ablation": ablation_table,
-    "seeds": seeds_table,
+    "quality": lambda: importlib.import_module("quality_tables").quality_table(),
+    "ablation": lambda: importlib.import_module("quality_tables").ablation_table(),
+    "seeds": lambda: importlib.import_module("quality_tables").seeds_table(),
+    "texts": lambda: importlib.import_module("quality_tables").texts_table(),
     "engine": engine_table,
     "quantization": quantization_table,
     "finercut": lambda: importlib.import_module("search_tables").finercut_table(),
@@ -293,44 +215,13 @@ def filled(text: str) -> str:
     return text
 
 
-def plot(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "depthprune"  # the same file from the same rows
-    import matplotlib.pyplot as plt
-
-    rows = quality_rows()
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    dense = next((r for r in rows if r["variant"] == "dense"), None)
-    for index, variant in enumerate(MAIN[1:]):
-        for repair, style in (("none", "--"), ("ridge", "-")):
-            own = [r for r in rows if r["variant"] == variant and r["repair"] == repair]
-            points = ([dense] if dense else []) + own
-            if own:
-                axes.plot(
-                    [p["parameters"] / 1e6 for p in points],
-                    [p["perplexity"] for p in points],
-                    style, marker="o", color=f"C{index}", label=f"{variant}, repair {repair}",
-                )  # fmt: skip
-    axes.set_yscale("log")
-    axes.invert_xaxis()
-    axes.set_xlabel("parameters left (millions, embeddings included)")
-    axes.set_ylabel("WikiText-2 test perplexity")
-    axes.set_title("SmolLM2-135M-Instruct made shallower")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.json:
-        print(json.dumps(quality_rows(), indent=2))
+        print(json.dumps(importlib.import_module("quality_tables").quality_rows(), indent=2))
         return
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
@@ -340,7 +231,7 @@ def main() -> None:
             name = document.relative_to(ROOT)
             sys.exit(f"{name}: its tables do not agree with benchmarks/results; run python benchmarks/tables.py")
     if not args.check:
-        plot(RESULTS / "quality.svg")
+        importlib.import_module("quality_tables").plot(RESULTS / "quality.svg")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ import shapes  # noqa: E402
 import tables  # noqa: E402
 from reporting import evidence  # noqa: E402
 from reporting.evidence import Found  # noqa: E402
-from reporting.model import Exact  # noqa: E402
+from reporting.model import NOT_TO_BE_HAD, Exact  # noqa: E402
 
 RESULTS = claims.results()
 NAMES = [r.claim.name for r in RESULTS]
@@ -31,6 +33,77 @@ def test_names_are_unique_and_the_well_known_claims_are_there():
     assert values["flattengpt-70b-latency"] == 1.26
     assert values["shortgpt-gptq-throughput"] == 1.19
     assert values["finercut-70b-size"] == 34
+    assert values["flattengpt-llama-2-7b-20-recovered"] == 66.24
+
+
+def test_claims_name_their_source():
+    """What the papers print: model, table, numbers before and after."""
+    found = {r.claim.name: r.claim for r in RESULTS}
+    printed = {
+        "shortgpt-parameters": ("Llama-2-13B", "sections 1 and 7", ""),
+        "shortgpt-compute": ("Llama-2-13B", "sections 1 and 7", ""),
+        "shortgpt-13b-mmlu": ("Llama-2-13B", "sections 1 and 7", "dense 55.0"),
+        "shortgpt-gptq-throughput": ("Llama-2-7B", "Table 4", "4331.23 to 5146.99"),
+        "shortgpt-mamba": ("Mamba-2.8B", "Table 3", "dense 41.12"),
+        "shortgpt-rwkv": ("RWKV-v5-7B", "Table 3", "dense 50.37"),
+        "shortgpt-baichuan2-13b-24.7-13-tasks": ("Baichuan2-13B", "Table 2", "dense 62.31: 87.35% kept"),
+        "shortgpt-post-training": ("not recorded", "Table 6", "41.22"),
+        "shortgpt-llama-2-13b-21.93-latency": ("Llama-2-13B", "appendix F", "7285.73 to 4111.65 ms"),
+        "flattengpt-llama-2-7b-20-recovered": ("Llama-2-7B", "recovery", "from 63.83"),
+        "finercut-8b-kept": ("Llama-3-8B", "tasks from its code", "nine tasks"),
+    }
+    for name, (model, where, note) in printed.items():
+        claim = found[name]
+        assert claim.model == model, name
+        assert where in claim.where, name
+        assert note in claim.note, name
+    for claim in found.values():  # nothing is promised for a batch that nobody gave
+        assert "batch not given" not in claim.note or not claim.floors(), claim.name
+
+
+def test_shares_that_are_kept_follow_from_the_numbers():
+    """Per cent kept and speedups, from the two numbers printed beside them."""
+    kept = 0
+    for claim in (r.claim for r in RESULTS):
+        both = re.search(r"dense ([0-9.]+)[^:]*: ([0-9.]+)% kept", claim.note)
+        if both:
+            kept += 1
+            assert 100 * claim.value / float(both[1]) == pytest.approx(float(both[2]), abs=0.06), claim.name
+        both = re.search(r"([0-9.]+) to ([0-9.]+) (ms|tokens/s)", claim.note)
+        if both:
+            slow, fast = sorted((float(both[1]), float(both[2])))
+            assert fast / slow == pytest.approx(claim.value, abs=0.006), claim.name
+    assert kept > 10
+
+
+def test_blocks_at_the_true_size_are_the_share_that_was_claimed():
+    """The fewest that reach it, by the shapes: 8 of Qwen1.5-7B's 32 blocks are 20.97 %, 7 are 18.35 %."""
+    checked = set()
+    for claim in (r.claim for r in RESULTS):
+        blocks = re.search(r"--blocks (\d+)", claim.true_size)
+        percent = re.fullmatch(r"([0-9.]+)%", claim.ratio)
+        if claim.model.lower() in shapes.SPECS and blocks and percent:
+            dense = shapes.SPECS[claim.model.lower()]
+            share = 1 - shapes.shortened(dense, int(blocks[1])).num_parameters() / dense.num_parameters()
+            assert 100 * share == pytest.approx(float(percent[1]), abs=0.5), claim.name
+            checked.add(claim.model)
+    assert checked == {"Llama-2-7B", "Llama-2-13B", "Qwen1.5-7B"}
+
+
+def test_rows_of_an_uncommitted_tree_answer_no_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    store(tmp_path, [row("dense", "a", 10), row("flattengpt 20%", "a", 12)])
+    assert len(evidence.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16")) == 1
+    store(tmp_path, [row("dense", "a+", 10), row("flattengpt 20%", "a+", 12)])
+    assert evidence.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16") == []
+
+
+def test_what_cannot_be_had_is_said():
+    import report
+
+    text = report.report_markdown()
+    for words in NOT_TO_BE_HAD:
+        assert words in text
 
 
 @pytest.mark.parametrize("result", RESULTS, ids=NAMES)
@@ -147,9 +220,9 @@ def test_rows_of_a_gpu_answer_at_the_true_size(tmp_path, monkeypatch):
 
 def test_several_seeds_are_told_with_their_deviation(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    head = "variant,blocks_fewer,repair,calibration,seed,tasks,perplexity,accuracy,commit\n"
-    lines = ["dense,0,none,wikitext2,0,,10,,a", "flattengpt,9,ridge,wikitext2,0,,20,,a"]
-    lines += ["flattengpt,9,ridge,wikitext2,1,,22,,a", "flattengpt,9,ridge,builtin,2,,90,,a"]
+    head = "variant,blocks_fewer,repair,calibration,seed,tasks,perplexity,accuracy,commit,date\n"
+    lines = ["dense,0,none,wikitext2,0,,10,,a,2027-01-01", "flattengpt,9,ridge,wikitext2,0,,20,,a,2027-01-01"]
+    lines += ["flattengpt,9,ridge,wikitext2,1,,22,,a,2027-01-01", "flattengpt,9,ridge,builtin,2,,90,,a,2027-01-01"]
     (tmp_path / "quality.csv").write_text(head + "\n".join(lines) + "\n")
     found = evidence.perplexity_ratio("flattengpt", 9, "ridge")
     assert found.value == pytest.approx(2.1)
@@ -173,6 +246,9 @@ def test_commands_are_ones_that_the_tools_take(line):
             build_parser().parse_args(words[1:])
             continue
         assert words[0] == "python"
+        if words[1] == "-m":  # lm-eval's own command line
+            assert importlib.util.find_spec(words[2]) is not None
+            continue
         source = (ROOT / words[1]).read_text()
         for option in [w for w in words if w.startswith("--")]:
             assert f'"{option}"' in source, option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import random
@@ -84,3 +85,35 @@ def test_columns_never_change(results: Path):
     common.append_rows("quality", [{"value": 1, "commit": "abc"}])
     with pytest.raises(SystemExit, match="start a new file"):
         common.append_rows("quality", [{"other": 1, "commit": "abc"}])
+
+
+def test_a_configuration_is_measured_once_a_commit(results: Path, monkeypatch: pytest.MonkeyPatch):
+
+    import bench_quality
+
+    args = argparse.Namespace(tasks="piqa,winogrande", limit=500, offset=0, calibration="wikitext2")
+    task = {"variant": "shortgpt", "blocks": 3, "repair": "none", "seed": 0}
+    monkeypatch.setattr(bench_quality, "environment", lambda: {"commit": "abc"})
+    assert not bench_quality.known(args, task)
+    common.append_rows("quality", [{**bench_quality.labels_of(args, task), "commit": "abc"}])
+    assert bench_quality.known(args, task)
+    for other in ({"seed": 1}, {"repair": "ridge"}, {"blocks": 6}):
+        assert not bench_quality.known(args, task | other)
+    args.offset = 500
+    assert not bench_quality.known(args, task)
+    args.offset = 0
+    monkeypatch.setattr(bench_quality, "environment", lambda: {"commit": "def"})
+    assert not bench_quality.known(args, task)
+
+
+def test_a_pruned_file_that_was_kept_is_not_pruned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import bench_quality
+
+    calls = []
+    plan = argparse.Namespace(spec=argparse.Namespace(num_parameters=lambda: 7), sparsity=0.25)
+    monkeypatch.setattr(bench_quality, "prune_variant", lambda task: calls.append(task) or plan)
+    task = {"output": str(tmp_path / "pruned.safetensors")}
+    first = bench_quality.pruned(task)
+    assert (first["parameters"], first["sparsity"]) == (7, 0.25)
+    assert bench_quality.pruned(task) == first
+    assert len(calls) == 1

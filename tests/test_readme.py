@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_quality  # noqa: E402
+import quality_tables  # noqa: E402
 import tables  # noqa: E402
+import zero_shot  # noqa: E402
 
 documents = pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 
@@ -30,9 +33,34 @@ def test_every_table_stands_somewhere():
 
 def test_a_changed_number_is_noticed():
     text = tables.DOCUMENTS[0].read_text(encoding="utf-8")
-    table = tables.quality_table()
+    table = quality_tables.quality_table()
     number = re.search(r"\d+\.\d\d", table)[0]
     assert tables.filled(text.replace(number, "1.23")) != text.replace(number, "1.23")
+
+
+def test_the_readme_names_what_is_measured():
+    """Windows, tasks and rows of the quality table are those of the benchmark."""
+    text = " ".join(tables.DOCUMENTS[0].read_text(encoding="utf-8").split())
+    assert f"the first {bench_quality.WINDOWS} windows of {bench_quality.SEQ_LEN} tokens" in text
+    assert f"the first {zero_shot.LIMIT} rows of each" in text
+    assert zero_shot.PAPER_TASKS == ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
+    assert "PIQA, WinoGrande, HellaSwag, ARC-easy and ARC-challenge" in text
+
+
+def test_repair_gains_less_on_other_texts():
+    """The words: calibrated on other text, the gain in perplexity is about half."""
+    text = " ".join(tables.DOCUMENTS[0].read_text(encoding="utf-8").split())
+    assert "lowers the same perplexity by about half as much" in text
+    shares = []
+    for texts in quality_tables.gains(3).values():
+        gain = {
+            name: float(pair["none"]["perplexity"]) - float(pair["ridge"]["perplexity"])
+            for name, pair in texts.items()
+            if {"none", "ridge"} <= set(pair)
+        }
+        shares += [gain[name] / gain["wikitext2"] for name in gain if name != "wikitext2" and "wikitext2" in gain]
+    assert shares
+    assert 0.3 < sum(shares) / len(shares) < 0.75
 
 
 def headings(document: Path) -> set[str]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import quality_tables
 import tables
+import zero_shot
+from tables import WHERE, read
+
+from depthprune_runtime.evaluation.results import Metric, TaskResult
 
 Row = Mapping[str, str]
-WHERE = "_where"  # file:line, where a row ends
 CPU = ("cpu", "cpu_alone")  # beside peers; ours alone, as the claims' commands run it
 _RUN = ("model", "precision", "date", "commit", "command")
 
@@ -40,16 +41,6 @@ class Found:
         if None in mine or None in theirs:
             return self.value == other.value
         return mine[0] <= theirs[1] and theirs[0] <= mine[1]  # type: ignore[operator]
-
-
-def read(name: str, folder: Path | None = None) -> list[dict[str, str]]:
-    """Rows with their places; none where there is no file."""
-    path = (folder or tables.RESULTS) / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        return [{**row, WHERE: f"{path.name}:{reader.line_num}"} for row in reader]
 
 
 def runs(rows: Sequence[Row], what: Sequence[str]) -> list[dict[tuple[str, ...], Row]]:
@@ -127,11 +118,12 @@ def _quality(variant: str, blocks: int, repair: str) -> list[Row]:
     """The last row of every seed, calibrated on WikiText-2; rows with zero-shot accuracy first."""
     rows = [
         r
-        for r in read("quality")
+        for r in quality_tables.rows_of_quality()
         if (r["variant"], r["blocks_fewer"], r["repair"], r["calibration"])
         == (variant, str(blocks), repair, "wikitext2")
     ]
-    return list({**tables.last(rows, "seed"), **tables.last([r for r in rows if r["tasks"]], "seed")}.values())
+    with_scores = [r for r in rows if quality_tables.scored(r)]
+    return list({**tables.last(rows, "seed"), **tables.last(with_scores, "seed")}.values())
 
 
 def perplexity_ratio(variant: str, blocks: int, repair: str) -> Found | None:
@@ -147,31 +139,51 @@ def perplexity_ratio(variant: str, blocks: int, repair: str) -> Found | None:
     return Found(mean, low, high, used, rows[-1]["commit"], note)
 
 
-CHANCE = 35.0  # mean of PIQA and WinoGrande (2 choices), HellaSwag, ARC-easy and OpenBookQA (4)
+CHANCE = 35.0  # mean of PIQA and WinoGrande (2 choices), HellaSwag, ARC-easy and ARC-challenge (4)
+
+
+def kept_share(ours: Sequence[TaskResult], dense: Sequence[TaskResult]) -> Metric:
+    """Ours over dense, both the papers' mean, with the standard error of the paired rows.
+
+    To first order the error of a/b is that of a - (a/b) b, over b.
+    """
+    pairs = [
+        (a.hits[a.paper_metric], b.hits[a.paper_metric])
+        for task in zero_shot.PAPER_TASKS
+        for a in ours
+        for b in dense
+        if a.task == b.task == task
+    ]
+    base = Metric.mean_of_tasks([Metric.mean(b) for _, b in pairs]).value
+    share = Metric.mean_of_tasks([Metric.mean(a) for a, _ in pairs]).value / base
+    errors = [Metric.mean([x - share * y for x, y in zip(a, b, strict=True)]) for a, b in pairs]
+    stderr = Metric.mean_of_tasks(errors).stderr
+    return Metric(share, None if stderr is None else stderr / base)
 
 
 def zero_shot_kept(variant: str, blocks: int, repair: str) -> Found | None:
-    """Per cent of the dense mean accuracy. The standard errors are added as if the two were independent: too wide."""
-    scored = [r for r in _quality(variant, blocks, repair) if r["accuracy"]]
-    dense = [r for r in _quality("dense", 0, "none") if r["accuracy"]]
-    if not scored or not dense:
+    """Per cent of the dense mean accuracy, seed 0."""
+    row, base = (
+        next((r for r in _quality(*which) if r["seed"] == "0" and quality_tables.scored(r)), None)
+        for which in ((variant, blocks, repair), ("dense", 0, "none"))
+    )
+    if row is None or base is None:
         return None
-    base = tables.zero_shot(dense[-1])
-    each = [found for r in scored if (found := tables.zero_shot(r)) is not None]
-    assert base is not None
-    mean = statistics.mean(m for m, _ in each)
-    value = 100 * mean / base[0]
-    error = value * math.hypot(each[0][1] / mean, base[1] / base[0])
-    above = 100 * (mean - CHANCE) / (base[0] - CHANCE)
-    rows = tuple(r[WHERE] for r in (*scored, dense[-1]))
-    note = f"{above:.0f}% of what the dense model has above chance; plain accuracy, OpenBookQA for ARC-challenge; "
-    note += f"{len(each)} seed{'s' if len(each) > 1 else ''}"
-    return Found(value, value - error, value + error, rows, scored[-1]["commit"], note)
+    ours, dense = quality_tables.single_rows(row), quality_tables.single_rows(base)
+    if ours is None or dense is None:
+        return None
+    share, score, whole = kept_share(ours, dense), quality_tables.score(row), quality_tables.score(base)
+    assert score is not None and whole is not None
+    value, error = 100 * share.value, 100 * (share.stderr or 0.0)
+    above = 100 * (score.value - CHANCE) / (whole.value - CHANCE)
+    note = f"{above:.0f}% of what the dense model has above chance; paired standard error; seed 0"
+    rows = tuple(r[WHERE] for r in (row, base))
+    return Found(value, value - error, value + error, rows, row["commit"], note)
 
 
 def quantized_ratio(variant: str, base: str) -> Found | None:
     """Perplexity of one row of quantization.csv over that of another."""
-    rows = tables.last(read("quantization"), "variant")
+    rows = tables.newest("quantization", "variant")
     one, other = rows.get((variant,)), rows.get((base,))
     if one is None or other is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,21 @@ from depthprune_runtime.spec import DecoderSpec
 
 WEIGHTS = ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDS_PAPER = "needs the paper"
+# Numbers of the papers that no source at hand has: they are neither claimed nor compared here.
+NOT_TO_BE_HAD = (
+    "FinerCut's own tables and speedups; its perplexities of Llama-2 are a third party's",
+    "FlattenGPT's rows of Llama-3 and Baichuan",
+)
+
+
+def cpu_command(variant: str, *cases: str, precision: str = "bf16") -> str:
+    start = f"python benchmarks/bench_cpu.py {WEIGHTS} --models smollm2-135m --precisions {precision} --runtimes ours"
+    return f"{start} --variants dense {shlex.quote(variant)} --rounds 9 --results cpu_alone --cases {' '.join(cases)}"
+
+
+def gpu_command(model: str, variant: str, cases: str, *more: str) -> str:
+    start = f"python benchmarks/bench_gpu.py --models {model} --variants {shlex.quote(variant)} --no-peers"
+    return " ".join([start, "--cases", cases, *more])
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,8 @@ def page(results: Sequence[Result], plots: Sequence[Plot], joined: str) -> str:
             '</section><section id="tables"><h2>Tables</h2>',
             *sections,
             '</section><section id="rows"><h2>All rows</h2>',
+            "<p>Rows whose commit ends in + were measured with changes that no commit holds: no table, plot or claim "
+            "uses them.</p>",
             *map(raw, names),
             "</section></main></body></html>",
             "",

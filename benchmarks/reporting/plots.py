@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import quality_tables
 import tables
 from reporting import evidence
 from shapes import SPECS
@@ -144,12 +145,12 @@ class Point:
 def quality_points() -> list[Point]:
     """SmolLM2 pruned (two bytes a parameter; the tied embedding is read as the head) and quantised."""
     found = []
-    for row in tables.quality_rows():
-        if row["variant"] in tables.MAIN:
+    for row in quality_tables.quality_rows():
+        if row["variant"] in quality_tables.MAIN:
             label = f"{row['variant']} -{row['blocks_fewer']}" if row["blocks_fewer"] else "dense"
             kind = row["variant"]
             found.append(Point(2e-6 * row["parameters"], row["perplexity"], label, kind, row["repair"] == "ridge"))
-    for (variant,), row in tables.last(tables.read("quantization"), "variant").items():
+    for (variant,), row in tables.newest("quantization", "variant").items():
         pruned = "shortgpt" in variant
         if variant == "bf16" or (pruned and "int" not in variant):
             continue  # not quantised: in quality.csv
@@ -240,7 +241,7 @@ def roofline() -> Plot | None:
 
 
 def profile() -> Plot | None:
-    rows = tables.last(tables.read("profile_cpu"), "model", "variant", "precision", "context", "part")
+    rows = tables.newest("profile_cpu", "model", "variant", "precision", "context", "part")
     cases = list(dict.fromkeys(key[1:4] for key in rows if key[0] == "smollm2-135m"))
     if not cases:
         return None
