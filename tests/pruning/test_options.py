@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from depthprune_runtime import InputError
 from depthprune_runtime.pruning import after_repair, prune
 from depthprune_runtime.pruning.options import (
     FinerCutOptions,
@@ -42,6 +43,13 @@ def test_defaults_of_the_repair():
         "samples": 128,
         "seq_len": 512,
     }
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])
+@pytest.mark.parametrize("name", ["samples", "seq_len"])
+def test_windows_are_counted_in_integers(name, value):
+    with pytest.raises(InputError, match=f"repair {name}: expected an integer from 1 on, got"):
+        RepairOptions(**{name: value})
 
 
 @pytest.mark.parametrize(("method", "strength"), [("shortgpt", 1.0), ("finercut", 0.6), ("flattengpt", 1.0)])
