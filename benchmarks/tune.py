@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,8 @@ from torch import Tensor
 
 from depthprune_runtime import InputError, Runtime, import_model, perplexity, prune
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
-from depthprune_runtime.evaluation.tasks import evaluate_task, find_task, load_task
+from depthprune_runtime.evaluation.task_files import find_task, load_task
+from depthprune_runtime.evaluation.tasks import evaluate_task
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.pruning.plan import PrunePlan
@@ -88,11 +88,7 @@ def accuracies(runtime: Runtime, name: str, offset: int, limit: int) -> dict[str
     path = find_task(name)
     if path is None:
         raise InputError(f"task {name}: expected a .jsonl file or one in the folder $DEPTHPRUNE_DATA, got neither")
-    task = load_task(path, offset + limit)
-    task = dataclasses.replace(task, examples=task.examples[offset:])
-    if not task.examples:
-        raise InputError(f"task {name}: expected more than {offset} rows")
-    result = evaluate_task(runtime, task, progress=Progress(True))
+    result = evaluate_task(runtime, load_task(path, limit, offset), progress=Progress(True))
     return {
         metric: round(result.metrics[metric].value, 4) for metric in ("acc", "acc_norm") if metric in result.metrics
     }
