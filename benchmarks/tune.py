@@ -2,23 +2,23 @@
 
     python benchmarks/tune.py WEIGHTS.gguf strength --method finercut --fast --blocks 3,6,9 --values 0,0.4,0.6,0.8,1
     python benchmarks/tune.py WEIGHTS.gguf repair-lam --method shortgpt --blocks 6 --values 0.01,0.05,0.1,0.5
+    python benchmarks/tune.py WEIGHTS.gguf repair-samples --method shortgpt --blocks 6 --values 32,64,128
     python benchmarks/tune.py WEIGHTS.gguf leverage-lam --method flattengpt --blocks 3 --values 0.01,0.1,1,10,100
 
 Measured are the perplexity of WikiText-2 valid as it stands (the first 32 windows of 1024 tokens) and, for each of
 --tasks, zero-shot accuracy on --limit rows from row --offset on (500..999: benchmarks report the first 500).
 
 strength: the model is pruned once with the whole repair; every value is a blend W0 + value (W - W0) of its weights
-with those that the same plan leaves without repair. repair-lam: ridge of the repair; leverage-lam: ridge of
-FlattenGPT's channel scores and compensation, as printed, without repair. Both prune anew for each value; FinerCut's
-search is kept. Rows that are there already for this version of the code are not measured again. Needs
-$DEPTHPRUNE_DATA.
+with those that the same plan leaves without repair. repair-lam: ridge of the repair; repair-samples: windows of its
+walk; leverage-lam: ridge of FlattenGPT's channel scores and compensation, as printed, without repair. These prune
+anew for each value; FinerCut's search is kept within a run. Rows that are there already for this version of the code
+are not measured again. Needs $DEPTHPRUNE_DATA.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,8 @@ from torch import Tensor
 
 from depthprune_runtime import InputError, Runtime, import_model, perplexity, prune
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
-from depthprune_runtime.evaluation.tasks import evaluate_task, find_task, load_task
+from depthprune_runtime.evaluation.task_files import find_task, load_task
+from depthprune_runtime.evaluation.tasks import evaluate_task
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.pruning.plan import PrunePlan
@@ -40,6 +41,7 @@ from depthprune_runtime.texts import load_text
 
 WINDOWS = 32
 SEQ_LEN = 1024
+KNOBS = ("strength", "repair-lam", "repair-samples", "leverage-lam")
 KEY = ("method", "blocks_fewer", "calibration", "seed", "knob", "value", "tasks", "rows", "commit")
 
 
@@ -86,11 +88,7 @@ def accuracies(runtime: Runtime, name: str, offset: int, limit: int) -> dict[str
     path = find_task(name)
     if path is None:
         raise InputError(f"task {name}: expected a .jsonl file or one in the folder $DEPTHPRUNE_DATA, got neither")
-    task = load_task(path, offset + limit)
-    task = dataclasses.replace(task, examples=task.examples[offset:])
-    if not task.examples:
-        raise InputError(f"task {name}: expected more than {offset} rows")
-    result = evaluate_task(runtime, task, progress=Progress(True))
+    result = evaluate_task(runtime, load_task(path, limit, offset), progress=Progress(True))
     return {
         metric: round(result.metrics[metric].value, 4) for metric in ("acc", "acc_norm") if metric in result.metrics
     }
@@ -101,11 +99,14 @@ def pruned(args: argparse.Namespace, folder: Path, blocks: int, value: float) ->
     options: dict[str, Any] = {}
     if args.method == "finercut":
         options = {"fast": args.fast, "state_file": str(folder / "search.json")}
+    repair: Any
     if args.knob == "leverage-lam":
-        repair: Any = "none"
+        repair = "none"
         options["leverage_lam"] = value
+    elif args.knob == "strength":
+        repair = RepairOptions(strength=1.0)
     else:
-        repair = RepairOptions(strength=1.0) if args.knob == "strength" else RepairOptions(lam=value)
+        repair = RepairOptions(lam=value) if args.knob == "repair-lam" else RepairOptions(samples=int(value))
     path = folder / "pruned.safetensors"
     prune(
         folder / "dense.safetensors", path, args.method, blocks=blocks, repair=repair, calibration=args.calibration,
@@ -171,7 +172,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
-    parser.add_argument("knob", choices=("strength", "repair-lam", "leverage-lam"))
+    parser.add_argument("knob", choices=KNOBS)
     parser.add_argument("--method", choices=("shortgpt", "finercut", "flattengpt"), required=True)
     parser.add_argument("--fast", action="store_true", help="finercut: the fast search")
     parser.add_argument("--blocks", default="3,6,9")

@@ -52,6 +52,10 @@ def test_dropped_and_mixed_sublayers():
     wide = dataclasses.replace(dense.sublayers[0], num_heads=64, num_kv_heads=64)
     mixed = dataclasses.replace(dense, sublayers=(wide, *dense.sublayers[1:]))
     assert mixed.uniform() is None
+    narrow = dataclasses.replace(dense.sublayers[3], intermediate_size=5504)
+    unequal = dataclasses.replace(dense, sublayers=(*dense.sublayers[:3], narrow, *dense.sublayers[4:]))
+    assert unequal.uniform() is None
+    assert unequal.blocks() == dense.blocks()
     assert mixed.blocks() == dense.blocks()
     assert dataclasses.replace(dense, sublayers=()).uniform() is None
 

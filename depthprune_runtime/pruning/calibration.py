@@ -38,6 +38,12 @@ class CalibrationSet:
     description: dict[str, Any]
 
 
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no number of windows or tokens."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}: expected an integer from 1 on, got {value!r}")
+
+
 def sample_windows(ids: Sequence[int], samples: int, seq_len: int, seed: int | None) -> Tensor:  # [N, S] int64
     """`samples` different windows of the non-overlapping ones of `seq_len` tokens, in text order.
 
@@ -46,8 +52,7 @@ def sample_windows(ids: Sequence[int], samples: int, seq_len: int, seed: int | N
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63):
         raise InputError(f"seed: expected an integer from 0 to below 2**63, got {seed!r}")
     for name, value in (("samples", samples), ("seq_len", seq_len)):
-        if value < 1:
-            raise InputError(f"{name}: expected at least 1, got {value}")
+        check_count(name, value)
     available = len(ids) // seq_len
     if available < samples:
         raise InputError(

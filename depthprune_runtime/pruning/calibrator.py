@@ -7,7 +7,7 @@ from pathlib import Path
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set
+from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set, check_count
 from depthprune_runtime.texts import load_text
 from depthprune_runtime.tokenizer import Tokenizer
 
@@ -22,6 +22,9 @@ class Calibrator:
     def __init__(
         self, checkpoint: Checkpoint, text: str, samples: int | None, seq_len: int | None, seed: int | None
     ) -> None:
+        for name, value in (("samples", samples), ("seq_len", seq_len)):
+            if value is not None:
+                check_count(name, value)
         contents = load_text(text)
         tokenizer = Tokenizer(checkpoint)
         self._name = text if "/" not in text else Path(text).name

@@ -98,7 +98,8 @@ def merged_tensor(parent: Checkpoint, sources: Sequence[int], keep: Sequence[int
         own = read(sources[0], short)
         return own if len(sources) == 1 else torch.ones_like(own)
     if short in ("o_proj.bias", "down_proj.bias"):
-        return torch.stack([read(i, short).double() for i in sources]).sum(0)
+        biased = [i for i, s in zip(sources, specs, strict=True) if isinstance(s, AttentionSpec) or s.down_bias]
+        return torch.stack([read(i, short).double() for i in biased]).sum(0)
     if isinstance(specs[0], FFNSpec):
         return _ffn_tensor(specs, sources, keep, short, read, gain)
     return _attention_tensor(specs, sources, keep, short, read, gain)

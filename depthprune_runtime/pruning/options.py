@@ -1,4 +1,17 @@
-"""Options of every method and of the repair: frozen, validated, with their defaults. Imports no torch."""
+"""Options of every method and of the repair: frozen, validated, with their defaults. Imports no torch.
+
+Where the defaults come from:
+
+- `distance` js_reverse: the official FinerCut configs of Llama-3 and Mixtral. `front_protection` 0.4: the command in
+  its README; the script's own default is 0.0.
+- `leverage_lam` 10: printed in the FlattenGPT paper.
+- repair `lam` 0.05, `samples` 128 and `seq_len` 512: an early comparison by perplexity, of which no rows are left.
+- repair `strength` 0.6 for FinerCut, else 1: valid perplexity (no rows), and zero-shot accuracy on the first 500 rows
+  of the tasks, which are also reported.
+
+`benchmarks/tune.py` measures lam, samples, leverage_lam and strength on rows that are not reported: WikiText-2 valid,
+and rows 500 and later of the tasks.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +58,11 @@ def _flags(options: object, *names: str) -> None:
     for name in names:
         if not isinstance(value := getattr(options, name), bool):
             raise InputError(f"{name}: expected True or False, got {value!r}")
+
+
+def _count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}: expected an integer from 1 on, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -126,6 +144,8 @@ class RepairOptions:
         _choice("repair weighting", self.weighting, WEIGHTINGS)
         _choice("repair answers_for", self.answers_for, ANSWERS)
         _choice("repair scope", self.scope, SCOPES)
+        _count("repair samples", self.samples)
+        _count("repair seq_len", self.seq_len)
         if self.strength is not None:
             _number("repair strength", self.strength, 0.0, 1.0)
 
@@ -135,7 +155,8 @@ class RepairOptions:
 
 
 # FinerCut does not know that a repair follows; the whole change costs zero-shot accuracy where it drops much. So the
-# least that keeps the perplexity of WikiText-2 valid at 9 of 30 blocks (SmolLM2-135M-Instruct, WikiText-2 train).
+# least that keeps the perplexity of WikiText-2 valid at 9 of 30 blocks (SmolLM2-135M-Instruct, WikiText-2 train); see
+# the module's docstring for the rows.
 STRENGTHS: dict[str, float] = {"shortgpt": 1.0, "finercut": 0.6, "flattengpt": 1.0}
 
 MethodOptions = ShortGPTOptions | FinerCutOptions | FlattenGPTOptions

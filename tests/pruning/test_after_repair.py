@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from depthprune_runtime import InputError, prune
 from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.pruning import after_repair
 from depthprune_runtime.pruning.after_repair import choose_spans, span_errors
 
+CPU = torch.device("cpu")
 WINDOWS = torch.randint(2, pico.VOCAB_SIZE, (8, 30), generator=torch.Generator().manual_seed(4))
 
 
@@ -51,6 +53,46 @@ def test_span_errors_are_the_held_out_errors(pico_llama, pico_file):
                 left = left - z[held] @ torch.linalg.solve(gram, z[fit].T @ (weight[fit] * change[fit]))
             total += float((weight[held] * left.pow(2)).sum())
         assert error == pytest.approx(total / 240, rel=1e-3)
+
+
+def test_random_directions_keep_lengths_on_average():
+    """Orthonormal, scaled by sqrt(C / k), and the same each time."""
+    assert after_repair._directions(128, CPU) is None
+    found = after_repair._directions(200, CPU)
+    assert found.shape == (200, 128)
+    assert torch.equal(found, after_repair._directions(200, CPU))
+    torch.testing.assert_close(found.T @ found, torch.eye(128) * 200 / 128, atol=1e-5, rtol=0)
+    vectors = torch.randn(4000, 200, generator=torch.Generator().manual_seed(1))
+    assert float((vectors @ found).square().sum() / vectors.square().sum()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_wide_model_is_scored_along_them(tmp_path):
+    """Each error is that of the regressions along the directions, and near that of all of the stream."""
+    model = pico.build_model("llama", num_hidden_layers=3, hidden_size=198)
+    path = pico.save(model, tmp_path, tokenizer=False)
+    states, psi = recorded(model)
+
+    def by_hand(b, n, directions):
+        change = (states[b + n] - states[b]).flatten(0, 1) @ directions
+        weight = 1 / states[b].flatten(0, 1).pow(2).sum(-1, keepdim=True)
+        total = 0.0
+        for fit, held in ((slice(0, 120), slice(120, 240)), (slice(120, 240), slice(0, 120))):
+            left = change[held]
+            if b > 0:
+                z = psi[b - 1].flatten(0, 1)
+                root = weight[fit].sqrt() * z[fit]
+                ridge = (0.3 * root.square().sum(0).mean()) ** 0.5 * torch.eye(80, dtype=torch.float64)
+                goal = torch.cat((weight[fit].sqrt() * change[fit], torch.zeros(80, change.shape[1])))
+                left = left - z[held] @ torch.linalg.lstsq(torch.cat((root, ridge)), goal).solution
+            total += float((weight[held] * left.pow(2)).sum())
+        return total / 240
+
+    with torch.inference_mode():
+        errors = span_errors(open_checkpoint(path), WINDOWS, CPU, torch.float32, max_span=2, lam=0.3)
+    directions = after_repair._directions(198, CPU).double()
+    for (b, n), error in errors.items():
+        assert error == pytest.approx(by_hand(b, n, directions), rel=1e-3)
+        assert error == pytest.approx(by_hand(b, n, torch.eye(198, dtype=torch.float64)), rel=0.15)
 
 
 def cost(errors, dropped):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pico
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from specs import plain_spec
 
 from depthprune_runtime import InputError, Runtime, prune
-from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.pruning import flattengpt
 from depthprune_runtime.pruning.flattengpt import flatten_edits, group_blocks, input_similarity
 from depthprune_runtime.pruning.plan import Drop, Flatten, Narrow, PrunePlan
@@ -60,6 +63,34 @@ def test_flattened_blocks_are_the_blocks_side_by_side(family, groups, tmp_path):
     model = pico.build_model(family, num_hidden_layers=4)
     checkpoint = open_checkpoint(pico.save(model, tmp_path, tokenizer=False))
     close(pruned_logits(checkpoint, *flatten_edits(groups)), parallel_logits(model, groups))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_output_biases_add_up(family, tmp_path):
+    """No family of `pico` has one by default."""
+    model = pico.build_model(family, num_hidden_layers=4, attention_bias=True)
+    checkpoint = open_checkpoint(pico.save(model, tmp_path, tokenizer=False))
+    assert all(s.o_bias for s in checkpoint.spec.attention_sublayers())
+    groups = [(0,), (1, 2, 3)]
+    close(pruned_logits(checkpoint, *flatten_edits(groups)), parallel_logits(model, groups))
+
+
+def test_biases_of_those_ffns_that_have_one_add_up():
+    spec = plain_spec(3)
+    biased = [dataclasses.replace(s, down_bias=i != 1) if i % 2 else s for i, s in enumerate(spec.sublayers)]
+
+    class Parent(Checkpoint):
+        name, dtype, provenance, assets = "parent", torch.float32, {}, {}
+
+        def __init__(self):
+            self.spec = dataclasses.replace(spec, sublayers=tuple(biased))
+
+        def tensor(self, name):
+            shape = self.spec.tensor_shapes()[name]
+            return torch.full(shape, float(name.split(".")[1]))
+
+    merged = PrunedCheckpoint(Parent(), PrunePlan("test", "", (Flatten((0, 1, 2)),)))
+    assert set(merged.tensor("sublayers.1.down_proj.bias").tolist()) == {3.0 + 5.0}
 
 
 def test_flatten_and_drop_in_one_plan(pico_llama, pico_file):

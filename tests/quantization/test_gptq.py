@@ -45,7 +45,16 @@ def test_it_is_the_brute_force_loop(spec, monkeypatch):
     weight, _, gram = problem()
     monkeypatch.setattr(module, "_BLOCK", 16)
     monkeypatch.setattr(module, "_STRIP_ELEMENTS", 700)
-    assert torch.equal(gptq(weight, gram, spec).unpack(), brute_force(weight, gram, spec, module.DAMPING))
+    assert torch.equal(gptq(weight, gram, spec).unpack(), brute_force(weight, gram, spec, 0.01))
+
+
+def test_damping_is_that_of_the_authors():
+    """One percent of the mean diagonal, in their code too: it decides codes where inputs are correlated."""
+    assert module.DAMPING == 0.01
+    weight, _, gram = problem()
+    found = gptq(weight, gram, SPECS[0]).unpack()
+    assert not torch.equal(found, gptq(weight, gram, SPECS[0], damping=0.1).unpack())
+    assert not torch.equal(found, gptq(weight, gram, SPECS[0], damping=0.001).unpack())
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -17,6 +17,7 @@ from depthprune_runtime.model.decoder import Decoder, SublayerLoader
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning import states
 from depthprune_runtime.pruning.calibration import CalibrationSet
+from depthprune_runtime.pruning.calibrator import Calibrator
 from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.quantization.gptq import gptq
 from depthprune_runtime.quantization.quantize import quantized_view, requested
@@ -88,6 +89,26 @@ def test_calibrated_outputs_are_nearer_and_mended_ones_nearest(pico_file, tmp_pa
     compensated = error(view(pico_file))
     mended = error(view(pico_file, RepairOptions(lam=0.01)))
     assert mended < compensated < rounded
+
+
+def test_the_mending_is_a_repair_of_the_pinned_ridge(pico_file, tmp_path):
+    """The stored record and the codes: those of lam 0.05 and of no other."""
+    quantize(pico_file, tmp_path / "q", 4, group_size=32, **SMALL)
+    checkpoint = open_checkpoint(tmp_path / "q")
+    assert checkpoint.provenance["quantization"]["mend"]["lam"] == 0.05
+    name = next(n for n in checkpoint.quantization if n.endswith("11.down_proj.weight"))
+    data = Calibrator(open_checkpoint(pico_file), "builtin", 4, 32, 0).windows(4, 32)
+
+    def codes(lam):
+        parent = open_checkpoint(pico_file)
+        with torch.inference_mode():
+            mend = RepairOptions(lam=lam)
+            return quantized_view(parent, requested(parent, QUANT, 8), data, mend, CPU, Progress()).weight(name).codes
+
+    written = checkpoint.weight(name).codes
+    assert torch.equal(written, codes(0.05))
+    assert not torch.equal(written, codes(0.5))
+    assert not torch.equal(written, codes(0.005))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -1,0 +1,83 @@
+"""The defaults that are shipped: whoever changes one changes what every row says."""
+
+from __future__ import annotations
+
+import pytest
+
+from depthprune_runtime import InputError
+from depthprune_runtime.pruning import after_repair, prune
+from depthprune_runtime.pruning.options import (
+    FinerCutOptions,
+    FlattenGPTOptions,
+    RepairOptions,
+    ShortGPTOptions,
+)
+
+
+def test_defaults_of_the_methods():
+    assert vars(ShortGPTOptions()) == {"score": "auto", "protect_last": None}
+    assert vars(FinerCutOptions()) == {
+        "distance": "js_reverse",
+        "front_protection": 0.4,
+        "fast": False,
+        "only": None,
+        "state_file": None,
+    }
+    assert vars(FlattenGPTOptions()) == {
+        "grouping": "auto",
+        "selection": "auto",
+        "pairs_only": False,
+        "keep_width": 0.0,
+        "compensate": True,
+        "leverage_lam": 10.0,
+    }
+
+
+def test_defaults_of_the_repair():
+    assert vars(RepairOptions()) == {
+        "lam": 0.05,
+        "weighting": "rms",
+        "answers_for": "before",
+        "scope": "all",
+        "strength": None,
+        "samples": 128,
+        "seq_len": 512,
+    }
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])
+@pytest.mark.parametrize("name", ["samples", "seq_len"])
+def test_windows_are_counted_in_integers(name, value):
+    with pytest.raises(InputError, match=f"repair {name}: expected an integer from 1 on, got"):
+        RepairOptions(**{name: value})
+
+
+@pytest.mark.parametrize(("method", "strength"), [("shortgpt", 1.0), ("finercut", 0.6), ("flattengpt", 1.0)])
+def test_strength_of_the_repair(method, strength):
+    assert RepairOptions().suited(method).strength == strength
+    assert RepairOptions(strength=0.3).suited(method).strength == 0.3
+
+
+def test_windows_that_decide():
+    assert prune._SCORING_WINDOWS == {"shortgpt": (128, 256), "finercut": (10, 256), "flattengpt": (64, 512)}
+    assert prune._AFTER_REPAIR_WINDOWS == (64, 256)
+    assert (after_repair.MAX_SPAN, after_repair._LAM, after_repair._DIRECTIONS) == (6, 0.1, 128)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "samples", "seq_len"),
+    [
+        ("shortgpt", {"repair": "none"}, 128, 256),
+        ("finercut", {"repair": "none"}, 10, 256),
+        ("flattengpt", {"repair": "none", "keep_width": 1.0}, 64, 256),
+        ("shortgpt", {"repair": RepairOptions(samples=4, seq_len=32)}, 64, 256),
+    ],
+)
+def test_the_plan_says_how_many_windows_decided(pico_file, tmp_path, method, options, samples, seq_len):
+    """None asked for; windows are no longer than the pico model's context of 256."""
+    amount = {"sublayers": 1} if method == "finercut" else {"blocks": 1}
+    text = tmp_path / "text"
+    text.write_text(" ".join(f"the quick brown fox jumps over {n}" for n in range(9000)))
+    made = prune.prune(pico_file, tmp_path / "p", method, **amount, **options, calibration=str(text)).plan
+    described = made.settings["calibration"]
+    assert (described["samples"], described["seq_len"]) == (samples, seq_len)
