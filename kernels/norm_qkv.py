@@ -15,9 +15,8 @@ from torch import Tensor
 
 from depthprune_runtime.kernels.launch import capability_of
 from depthprune_runtime.kernels.launch_rows import MAX_TOKENS
+from depthprune_runtime.kernels.packed import check_norm, check_packed, few
 from depthprune_runtime.kernels.rows import configure, halves, products, weight_arguments
-from depthprune_runtime.ops._library import REFERENCES
-from depthprune_runtime.ops._weight import check_norm, check_packed
 
 
 @triton.jit
@@ -125,6 +124,11 @@ def _check(x: Tensor, layout: list[int], k_cache: Tensor, v_cache: Tensor) -> in
     return int(heads - 2 * kv_heads)
 
 
+def takes(x: Tensor) -> bool:
+    """Whether the launcher takes x [T, K]; for other numbers of tokens the reference is the better one."""
+    return few(x, MAX_TOKENS)
+
+
 def norm_qkv(
     x: Tensor,  # [T, C]
     norm: Tensor,  # [C]
@@ -142,10 +146,6 @@ def norm_qkv(
     check_packed("norm_qkv", x, weight, layout, bias)
     check_norm("norm_qkv", x, norm)
     num_heads = _check(x, layout, k_cache, v_cache)
-    if not 1 <= x.shape[0] <= MAX_TOKENS:
-        arguments = (x, norm, eps, weight, layout, bias, cos_sin, positions, slot_mapping, k_cache, v_cache)
-        reference: Tensor = REFERENCES["norm_qkv"](*arguments)
-        return reference
     kv_heads, head_dim = k_cache.shape[2:]
     config, constants = configure(x, weight, layout, capability_of(x.device), apart=head_dim // 2)
     q = x.new_empty(x.shape[0], num_heads, head_dim)

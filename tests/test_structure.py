@@ -134,6 +134,15 @@ def test_nobody_imports_kernels_by_its_bare_name():
         assert not {n for n in imported(path) if n.split(".")[0] == "kernels"}, path
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_know_tensors_only(path):
+    """Launchers are below the ops that bind them: they import torch, Triton and each other."""
+    for name in imported(path):
+        assert not name.startswith("depthprune_runtime.") or name.split(".")[1] == "kernels", f"{path}: {name}"
+        assert name.split(".")[0] in sys.stdlib_module_names | {"torch", "triton", "depthprune_runtime"}, name
+    assert "torch.ops" not in path.read_text(), f"{path}: an op of the package is above its launcher"
+
+
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     return done.stdout + done.stderr
