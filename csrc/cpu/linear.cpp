@@ -18,6 +18,7 @@
 #include "cpu/gemm.h"
 #include "cpu/linear.h"
 #include "cpu/linear_op.h"
+#include "rows_of.h"
 
 namespace depthprune {
 namespace {
@@ -68,8 +69,6 @@ void check_linear(
       c10::str("dtype ", x.scalar_type(), " (that of x), device cpu"),
       c10::str(bias->scalar_type(), " ", bias->device()));
 }
-
-at::Tensor with_rows(const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
 Gemm gemm_job(const at::Tensor& x, const at::Tensor& bias, at::Tensor& out, bool gated) {
   Gemm job{};
