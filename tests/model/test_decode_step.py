@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import specs
 import torch
+from built import built
 
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.model.batch import PagedContext, packed
@@ -16,7 +17,7 @@ from depthprune_runtime.panels import PanelWeight, to_panels
 from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 
-_C = pytest.importorskip("depthprune_runtime._C")
+_C = built()
 CPU = torch.device("cpu")
 BLOCK = 4
 LEVELS = _C.cpu_levels()

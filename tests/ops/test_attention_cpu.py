@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from built import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
 
-_C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+_C = built()
 LEVELS = _C.cpu_levels()
 ATTENTION_LEVELS = LEVELS
 at_every_level = pytest.mark.parametrize("level", ATTENTION_LEVELS)

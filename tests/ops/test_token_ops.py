@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from built import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
 from depthprune_runtime.spec import RopeSpec
 
-pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+built()
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 rotary = torch.ops.depthprune.rotary.default
