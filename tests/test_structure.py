@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "heap",
         "huge_pages",
         "panels",
+        "quantized",
         "spec",
         "checkpoint",
         "ops",

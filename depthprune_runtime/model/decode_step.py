@@ -22,9 +22,12 @@ from depthprune_runtime.quantized import QuantizedWeight
 
 
 def build_decode_step(decoder: Decoder, kv: Sequence[KVPair | None]) -> DecodeStep | None:
-    """The step over `decoder` and its KV cache; None where ops run instead: no CPU, or no extension."""
+    """The step over `decoder` and its KV cache; None where ops run instead.
+
+    That is: no CPU, no extension, or quantised weights whose inputs are not to be rounded.
+    """
     module = extension()
-    if module is None or decoder.device.type != "cpu":
+    if module is None or decoder.device.type != "cpu" or not decoder.rounds_inputs:
         return None
     return DecodeStep(module, decoder, kv)
 
