@@ -115,13 +115,13 @@ class Builder {
   }
 
   void set_ends(const StepLinear& embedding, const at::Tensor& norm, const StepLinear& lm_head) {
-    weights_.embedding = projection("embedding", embedding, embedding.out_features, hidden());
-    weights_.norm = plain("norm", norm, {hidden()});
     // A token that is chosen is looked up in the next step.
     DEPTHPRUNE_CHECK(
         lm_head.out_features <= embedding.out_features, kOp, "lm_head",
         c10::str("at most ", embedding.out_features, " rows (those of the embedding)"), lm_head.out_features);
+    weights_.embedding = projection("embedding", embedding, embedding.out_features, hidden());
     weights_.lm_head = projection("lm_head", lm_head, lm_head.out_features, hidden());
+    weights_.norm = plain("norm", norm, {hidden()});
   }
 
   DecoderWeights weights() const { return weights_; }

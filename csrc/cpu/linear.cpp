@@ -149,7 +149,8 @@ at::Tensor linear(
   const int64_t most = kMostTokens[static_cast<int>(dtype)];
   const int64_t run = in_runs(dtype) ? std::min(x.size(0), most) : x.size(0);
   const LinearKernel* kernel = linear_kernel(dtype, run);
-  if (kernel == nullptr) return at::linear(x, weight, bias);
+  // Dense: with AMX, torch 2.13 multiplies what lies beside a bfloat16 row by zero, which is NaN where that is.
+  if (kernel == nullptr) return at::linear(x.contiguous(), weight.contiguous(), bias);
   at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
   if (out.numel() == 0) return out;
   const at::Tensor inputs = with_rows(x);
