@@ -80,7 +80,7 @@ class QuantizedWeight:
     codes: Tensor  # uint8
     scales: Tensor  # bfloat16
     zeros: Tensor | None = None  # uint8
-    rounds_inputs: bool = True
+    rounds_inputs: bool = dataclasses.field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         shapes = self.spec.shapes(self.out_features, self.in_features)

@@ -284,9 +284,10 @@ class Step {
     int64_t num_kv_blocks = 0;
     std::vector<int64_t> contexts(tokens);  // after the last step
     for (int64_t t = 0; t < tokens; ++t) {
-      DEPTHPRUNE_CHECK(inputs.positions[t] >= 0 && inputs.positions[t] < kMostSize, kOp, "positions",
-          c10::str("values from 0 to ", kMostSize - 1), inputs.positions[t]);
-      contexts[t] = inputs.positions[t] + steps;
+      const int64_t position = inputs.positions[t];
+      DEPTHPRUNE_CHECK(
+          position >= 0 && position < kMostSize, kOp, "positions", c10::str("values from 0 to ", kMostSize - 1), position);
+      contexts[t] = position + steps;
     }
     for (const auto& layer : weights.layers) {
       const auto* attention = std::get_if<AttentionLayer>(&layer);
