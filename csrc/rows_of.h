@@ -31,7 +31,8 @@ inline std::optional<Rows> rows_of(const at::Tensor& t) {
   return Rows{sizes[0], strides[1], strides[0]};
 }
 
-// t, or a dense copy where its rows have no simple offsets: slower, for callers that the engine does not have.
+// t, or a dense copy where its rows have no simple offsets (of a matrix: where a row is strided): slower, for callers
+// that the engine does not have.
 inline at::Tensor with_rows(const at::Tensor& t) { return rows_of(t) ? t : t.contiguous(); }
 
 }  // namespace depthprune

@@ -94,7 +94,13 @@ def _quantization_lines(description: dict[str, Any]) -> list[str]:
         kind = f"{quant['bits']} bits in {symmetry} groups of {quant['group_size']}"
         kinds[kind] = kinds.get(kind, 0) + 1
     counted = ", ".join(f"{count} projections of {kind}" for kind, count in kinds.items())
-    return [f"quantised   {counted}; head {description['head_bits']} bits"] if kinds else []
+    if not kinds:
+        return []
+    widths = sorted({f"W{quant['bits']}A8" for quant in description["quantization"].values()}, reverse=True)
+    return [
+        f"quantised   {counted}; head {description['head_bits']} bits",
+        f"arithmetic  {', '.join(widths)} on a CPU (activations rounded to 8 bits) unless --activations differs",
+    ]
 
 
 def _edit_text(edit: dict[str, Any]) -> str:

@@ -11,11 +11,12 @@ them as they are; AVX2 and AVX-512 read them pair by pair, too. Files keep plain
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from depthprune_runtime.extension import extension
 
 PANEL_ROWS = 16
 _COLUMNS = 32  # rows are filled up to a multiple of it
@@ -41,11 +42,8 @@ def from_panels(panels: Tensor, out_features: int, in_features: int) -> Tensor: 
 
 def panels_pay() -> bool:
     """Whether this machine has kernels for bfloat16 in panels: from AVX2 on."""
-    try:
-        extension = importlib.import_module("depthprune_runtime._C")
-    except ImportError:
-        return False
-    return str(extension.cpu_level()) != "generic"
+    module = extension()
+    return module is not None and str(module.cpu_level()) != "generic"
 
 
 @dataclass(frozen=True)

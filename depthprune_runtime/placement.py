@@ -28,6 +28,24 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
+def may_round_activations(activations: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products by quantised weights may round their inputs to 8 bits; `dtype` is what the model computes in.
+
+    `auto` leaves it to the device: kernels of the CPU do, those of a GPU do not. `int8` asks for it, the name of
+    `dtype` forbids it.
+    """
+    if activations == "auto":
+        return True
+    if activations == "int8":
+        if device.type != "cpu":
+            raise InputError(f"activations: int8 is for the CPU; {device.type} keeps them in the model's dtype")
+        return True
+    if _DTYPES.get(activations) != dtype:
+        own = min((name for name, value in _DTYPES.items() if value == dtype), key=len)
+        raise InputError(f"activations: expected auto, int8 or {own} (what the model computes in), got {activations!r}")
+    return device.type != "cpu"  # where nothing is rounded anyhow, the usual kernels stay
+
+
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A floating-point dtype by name; `auto` and None mean the checkpoint's own."""
     if dtype is None or dtype == "auto":

@@ -19,7 +19,7 @@ have no meaning, except that the scale of a filling row is 0.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +69,10 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A projection's weight [out_features, in_features] in the layout above."""
+    """A projection's weight [out_features, in_features] in the layout above.
+
+    rounds_inputs: whether kernels may round the inputs that it meets to 8 bits, which makes them several times faster.
+    """
 
     spec: QuantSpec
     out_features: int
@@ -77,6 +80,7 @@ class QuantizedWeight:
     codes: Tensor  # uint8
     scales: Tensor  # bfloat16
     zeros: Tensor | None = None  # uint8
+    rounds_inputs: bool = dataclasses.field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         shapes = self.spec.shapes(self.out_features, self.in_features)
@@ -155,6 +159,17 @@ class QuantizedWeight:
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same weight on `device`; no copy where it already is."""
         return self.map(lambda tensor: tensor.to(device))
+
+    def strips(self, elements: int) -> Iterator[QuantizedWeight]:
+        """The weight cut into runs of whole panels of about `elements` elements, one after the other; views."""
+        panels = max(1, elements // (PANEL_ROWS * self.in_features))
+        for first in range(0, self.codes.shape[0], panels):
+            part = slice(first, first + panels)
+            rows = min(self.out_features - first * PANEL_ROWS, panels * PANEL_ROWS)
+            zeros = None if self.zeros is None else self.zeros[part]
+            yield dataclasses.replace(
+                self, out_features=rows, codes=self.codes[part], scales=self.scales[part], zeros=zeros
+            )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
         """The weight that the codes stand for, rounded to `dtype`."""

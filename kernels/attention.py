@@ -28,7 +28,7 @@ def _check(op: str, q: Tensor, keys: dict[str, Tensor], metadata: dict[str, tupl
         raise ValueError(f"{op}: expected scale > 0, got {scale}")
     shapes = [t.shape for t in keys.values()]
     for name, t in keys.items():
-        if t.dtype != q.dtype or t.device != q.device:
+        if t.dim() < 3 or t.dtype != q.dtype or t.device != q.device:
             raise ValueError(f"{op}: expected {name} of {q.dtype} on {q.device} like q, got {t.dtype} on {t.device}")
         if t.shape != shapes[0] or t.shape[-1] != q.shape[-1]:
             expected = [*shapes[0][:-1], q.shape[-1]]
@@ -86,8 +86,11 @@ def paged_attention(
     op = "paged_attention"
     metadata = {"block_tables": (block_tables, 2), "context_lens": (context_lens, 1), "cu_seqlens_q": (cu_seqlens_q, 1)}
     _check(op, q, {"k_cache": k_cache, "v_cache": v_cache}, metadata, scale)
-    if k_cache.dim() != 4:
-        raise ValueError(f"{op}: expected k_cache [N, P, K, D], got {list(k_cache.shape)}")
+    if k_cache.dim() != 4 or 0 in k_cache.shape or block_tables.shape[1] < 1:
+        raise ValueError(
+            f"{op}: expected k_cache [N, P, K, D] and block_tables [B, M] of at least 1 each, "
+            f"got {list(k_cache.shape)} and {list(block_tables.shape)}"
+        )
     batch = context_lens.shape[0]
     for name, size in (("block_tables", block_tables.shape[0]), ("cu_seqlens_q", cu_seqlens_q.shape[0] - 1)):
         if size != batch:

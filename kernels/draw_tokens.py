@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthprune_runtime.kernels.checks import expect
 from depthprune_runtime.kernels.launch import capability_of
+from depthprune_runtime.kernels.packed import DTYPES
 from depthprune_runtime.kernels.pdl import follow, pdl_options
 
 
@@ -76,14 +78,11 @@ def draw_tokens(
     if logits.dim() != 2 or logits.shape[1] < 1 or logits.stride(1) != 1:
         raise ValueError(f"draw_tokens: expected logits of shape [B, V] with dense rows, got {list(logits.shape)}")
     batch, size = logits.shape
-    expected = {"temperatures": (temperatures, (batch,), torch.float32), "counts": (counts, (batch,), torch.int64)}
-    for name, (tensor, shape, dtype) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"draw_tokens: expected {name} of shape [{batch}] in {dtype}, got {list(tensor.shape)} {tensor.dtype}"
-            )
-    if uniform.dim() != 2 or uniform.shape[1] != batch or uniform.dtype != torch.float64 or not uniform.is_contiguous():
-        raise ValueError(f"draw_tokens: expected uniform of shape [steps, {batch}] float64, got {list(uniform.shape)}")
+    if logits.dtype not in DTYPES:
+        raise ValueError(f"draw_tokens: expected logits in bfloat16, float16 or float32, got {logits.dtype}")
+    expect("draw_tokens", "temperatures", temperatures, (batch,), (torch.float32,), logits.device)
+    expect("draw_tokens", "counts", counts, (batch,), (torch.int64,), logits.device)
+    expect("draw_tokens", "uniform", uniform, ("steps", batch), (torch.float64,), logits.device)
     drawn = torch.empty(batch, dtype=torch.int64, device=logits.device)
     if batch == 0:
         return drawn

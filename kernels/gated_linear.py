@@ -102,12 +102,18 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"gated_linear: expected {name} {x.dtype} on {x.device} like x, got {t.dtype} {t.device}")
 
 
-def launch(
+def takes(x: Tensor) -> bool:
+    """Whether the launcher takes x [T, C]: few tokens, and float32, for which there are no tensor cores, are the work
+    of the two ops that the reference is made of."""
+    return x.dim() == 2 and x.shape[0] >= MIN_TOKENS and x.dtype != torch.float32
+
+
+def gated_linear(
     x: Tensor,  # [T, C]
     weight: Tensor,  # [2F, C]
     bias: Tensor | None,  # [2F]
 ) -> Tensor:  # [T, F]
-    """The kernel at any shape; float32 for the interpreter alone."""
+    """Launcher of op `gated_linear`, at any shape; the contract is in depthprune_runtime/ops/gated_linear.py."""
     _check(x, weight, bias)
     num_rows, hidden_size = x.shape
     channels = weight.shape[0] // 2
@@ -141,18 +147,3 @@ def launch(
             num_stages=config.num_stages,
         )
     return out
-
-
-def gated_linear(
-    x: Tensor,  # [T, C]
-    weight: Tensor,  # [2F, C]
-    bias: Tensor | None,  # [2F]
-) -> Tensor:  # [T, F]
-    """Launcher of op `gated_linear`; the contract is in depthprune_runtime/ops/gated_linear.py.
-
-    Few tokens, and float32, for which there are no tensor cores, take the two ops that the reference is made of.
-    """
-    if x.dim() != 2 or x.shape[0] < MIN_TOKENS or x.dtype == torch.float32:
-        ops = torch.ops.depthprune
-        return ops.silu_mul(ops.linear(x, weight, bias))  # type: ignore[no-any-return]
-    return launch(x, weight, bias)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from depthprune_runtime.kernels.launch import capability_of
 from depthprune_runtime.kernels.launch_rows import MAX_TOKENS
+from depthprune_runtime.kernels.packed import check_packed, few
 from depthprune_runtime.kernels.rows import configure, products, weight_arguments
-from depthprune_runtime.ops._library import REFERENCES
-from depthprune_runtime.ops._weight import check_packed
 
 
 @triton.jit
@@ -60,6 +59,11 @@ def linear_add_kernel(
     tl.store(places, total.to(residual_ptr.dtype.element_ty), mask=mask)
 
 
+def takes(x: Tensor) -> bool:
+    """Whether the launcher takes x [T, K]; for other numbers of tokens the reference is the better one."""
+    return few(x, MAX_TOKENS)
+
+
 def linear_add(
     x: Tensor,  # [T, K]
     residual: Tensor,  # [T, N], updated in place
@@ -75,9 +79,6 @@ def linear_add(
             f"linear_add: expected residual of shape [{x.shape[0]}, {num_rows}] in {x.dtype} with dense rows, "
             f"got {list(residual.shape)} in {residual.dtype}"
         )
-    if not 1 <= x.shape[0] <= MAX_TOKENS:
-        REFERENCES["linear_add"](x, residual, weight, layout, bias)
-        return
     config, constants = configure(x, weight, layout, capability_of(x.device))
     with torch.cuda.device_of(x):
         linear_add_kernel[(triton.cdiv(num_rows, config.block_n),)](

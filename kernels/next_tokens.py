@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthprune_runtime.kernels.checks import INTEGERS, expect
 from depthprune_runtime.kernels.launch import capability_of
 from depthprune_runtime.kernels.launch_rows import next_tokens_block
 from depthprune_runtime.kernels.pdl import follow, pdl_options
@@ -92,21 +93,21 @@ def next_tokens(
     tokens: Tensor,  # [steps, B] int64
 ) -> None:
     """Launcher of op `next_tokens`."""
+    op, on = "next_tokens", best.device
+    if best.dim() != 2 or tokens.dim() != 2 or stop_ids.dim() != 2:
+        shapes = [list(t.shape) for t in (best, tokens, stop_ids)]
+        raise ValueError(f"{op}: expected best [B, R], tokens [steps, B] and stop_ids [B, I], got {shapes}")
     batch, runs = best.shape
+    if kv_block_size < 1:
+        raise ValueError(f"{op}: expected kv_block_size of at least 1, got {kv_block_size}")
+    expect(op, "best", best, (batch, "R"), (torch.float32,), on)
+    expect(op, "candidates", candidates, (batch, runs), INTEGERS, on)
+    expect(op, "stop_ids", stop_ids, (batch, stop_ids.shape[1]), (torch.int64,), on)
+    expect(op, "block_tables", block_tables, (batch, "M"), (torch.int64,), on)
+    expect(op, "tokens", tokens, (tokens.shape[0], batch), (torch.int64,), on)
     state = {"ids": ids, "positions": positions, "slots": slots, "context_lens": context_lens, "counts": counts}
-    if drawn is not None:
-        state["drawn"] = drawn
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != (batch,) or tensor.dtype != torch.int64 or not tensor.is_contiguous():
-            raise ValueError(
-                f"next_tokens: expected {name} of shape [{batch}] int64, got {list(tensor.shape)} {tensor.dtype}"
-            )
-    tables = {"candidates": candidates, "stop_ids": stop_ids, "block_tables": block_tables}
-    for name, tensor in tables.items():
-        if tensor.dim() != 2 or tensor.shape[0] != batch or not tensor.is_contiguous():
-            raise ValueError(f"next_tokens: expected {name} of {batch} dense rows, got {list(tensor.shape)}")
-    if tokens.dim() != 2 or tokens.shape[1] != batch or not tokens.is_contiguous():
-        raise ValueError(f"next_tokens: expected tokens of shape [steps, {batch}], got {list(tokens.shape)}")
+    for name, tensor in (state if drawn is None else state | {"drawn": drawn}).items():
+        expect(op, name, tensor, (batch,), (torch.int64,), on)
     if batch == 0:
         return
     block, warps = next_tokens_block(runs)

@@ -125,6 +125,8 @@ def _with_rows(t: Tensor) -> Tensor:
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
     if x.dtype not in _DTYPES:
         raise ValueError(f"{op}: expected x of dtype bfloat16, float16 or float32, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError(f"{op}: expected x of at least one dimension, got a number")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: expected weight of shape [{x.shape[-1]}], got {list(weight.shape)}")
     if weight.device != x.device:

@@ -15,11 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from depthprune_runtime.kernels.launch import capability_of
-from depthprune_runtime.kernels.launch_rows import MAX_TOKENS
+from depthprune_runtime.kernels.launch_rows import MAX_TOKENS, RUN
+from depthprune_runtime.kernels.packed import check_norm, check_packed, few
 from depthprune_runtime.kernels.rows import configure, halves, products, weight_arguments
-from depthprune_runtime.ops._library import REFERENCES
-from depthprune_runtime.ops._weight import check_norm, check_packed
-from depthprune_runtime.ops.norm_linear import RUN
 
 
 @triton.jit
@@ -143,6 +141,11 @@ def _launch_linear(
     return out, best, best_row
 
 
+def takes(x: Tensor) -> bool:
+    """Whether the launcher takes x [T, K]; for other numbers of tokens the reference is the better one."""
+    return few(x, MAX_TOKENS)
+
+
 def norm_linear(
     x: Tensor,  # [T, K]
     norm: Tensor,  # [K]
@@ -154,9 +157,6 @@ def norm_linear(
     """Launcher of op `norm_linear`; the contract is in depthprune_runtime/ops/norm_linear.py."""
     check_packed("norm_linear", x, weight, layout, bias)
     check_norm("norm_linear", x, norm)
-    if not 1 <= x.shape[0] <= MAX_TOKENS:
-        out: Tensor = REFERENCES["norm_linear"](x, norm, eps, weight, layout, bias)
-        return out
     return _launch_linear(x, norm, eps, weight, layout, bias, runs=False)[0]
 
 
@@ -170,9 +170,6 @@ def norm_logits(
     """Launcher of op `norm_logits`; the contract is in depthprune_runtime/ops/norm_linear.py."""
     check_packed("norm_logits", x, weight, layout, None)
     check_norm("norm_logits", x, norm)
-    if not 1 <= x.shape[0] <= MAX_TOKENS:
-        found: tuple[Tensor, Tensor, Tensor] = REFERENCES["norm_logits"](x, norm, eps, weight, layout)
-        return found
     out, best, best_row = _launch_linear(x, norm, eps, weight, layout, None, runs=True)
     assert best is not None and best_row is not None
     return out, best, best_row
@@ -192,9 +189,6 @@ def norm_gated_linear(
     check_norm(op, x, norm)
     if layout[0] % 2:
         raise ValueError(f"{op}: expected a weight of an even number of rows, got {layout[0]}")
-    if not 1 <= x.shape[0] <= MAX_TOKENS:
-        reference: Tensor = REFERENCES[op](x, norm, eps, weight, layout, bias)
-        return reference
     channels = layout[0] // 2
     config, constants = configure(x, weight, layout, capability_of(x.device), apart=channels)
     out = x.new_empty(x.shape[0], channels)

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthprune_runtime.kernels.checks import expect_caches, expect_places
 from depthprune_runtime.kernels.launch import capability_of
 from depthprune_runtime.kernels.launch_rows import MAX_TOKENS
+from depthprune_runtime.kernels.packed import check_norm, check_packed, few
 from depthprune_runtime.kernels.rows import configure, halves, products, weight_arguments
-from depthprune_runtime.ops._library import REFERENCES
-from depthprune_runtime.ops._weight import check_norm, check_packed
 
 
 @triton.jit
@@ -108,13 +108,9 @@ def norm_qkv_kernel(
 
 def _check(x: Tensor, layout: list[int], k_cache: Tensor, v_cache: Tensor) -> int:
     """Number of query heads."""
-    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape or not k_cache.is_contiguous() or k_cache.shape[3] % 2:
-        raise ValueError(
-            f"norm_qkv: expected k_cache and v_cache of one shape [N, P, K, D], contiguous, D even, "
-            f"got {list(k_cache.shape)} and {list(v_cache.shape)}"
-        )
-    if not v_cache.is_contiguous() or k_cache.dtype != x.dtype or v_cache.dtype != x.dtype:
-        raise ValueError(f"norm_qkv: expected caches of dtype {x.dtype} like x, got {k_cache.dtype}, {v_cache.dtype}")
+    expect_caches("norm_qkv", k_cache, v_cache, x.dtype, x.device)
+    if k_cache.shape[3] % 2:
+        raise ValueError(f"norm_qkv: expected heads of an even size, got {k_cache.shape[3]}")
     kv_heads, head_dim = k_cache.shape[2:]
     heads, rest = divmod(layout[0], head_dim)
     if rest or heads <= 2 * kv_heads or heads % kv_heads:
@@ -123,6 +119,11 @@ def _check(x: Tensor, layout: list[int], k_cache: Tensor, v_cache: Tensor) -> in
             f"got {layout[0]}"
         )
     return int(heads - 2 * kv_heads)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the launcher takes x [T, K]; for other numbers of tokens the reference is the better one."""
+    return few(x, MAX_TOKENS)
 
 
 def norm_qkv(
@@ -142,10 +143,7 @@ def norm_qkv(
     check_packed("norm_qkv", x, weight, layout, bias)
     check_norm("norm_qkv", x, norm)
     num_heads = _check(x, layout, k_cache, v_cache)
-    if not 1 <= x.shape[0] <= MAX_TOKENS:
-        arguments = (x, norm, eps, weight, layout, bias, cos_sin, positions, slot_mapping, k_cache, v_cache)
-        reference: Tensor = REFERENCES["norm_qkv"](*arguments)
-        return reference
+    expect_places("norm_qkv", x, k_cache.shape[3], cos_sin, positions, slot_mapping)
     kv_heads, head_dim = k_cache.shape[2:]
     config, constants = configure(x, weight, layout, capability_of(x.device), apart=head_dim // 2)
     q = x.new_empty(x.shape[0], num_heads, head_dim)

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthprune_runtime.kernels.checks import expect, expect_caches, expect_places
 from depthprune_runtime.kernels.launch import capability_of
+from depthprune_runtime.kernels.packed import DTYPES
 from depthprune_runtime.kernels.pdl import follow, pdl_options
 
 
@@ -92,21 +94,24 @@ def rotary_kv_write_kernel(
         tl.store(v_cache_ptr + target + HALF_DIM, tl.load(value + HALF_DIM, mask=inside, other=0.0), mask=inside)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, gains: tuple[Tensor | None, Tensor | None]) -> None:
     op = "rotary_kv_write"
-    head_dim = q.shape[-1]
+    if q.dim() != 3 or q.dtype not in DTYPES:
+        raise ValueError(f"{op}: expected q of shape [T, H, D] in bfloat16, float16 or float32, got {list(q.shape)}")
+    tokens, _, head_dim = q.shape
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3 or x.shape[0] != q.shape[0] or x.shape[2] != head_dim or x.stride(2) != 1 or head_dim % 2:
+        if x.dim() != 3 or x.shape[0] != tokens or x.shape[2] != head_dim or x.stride(2) != 1 or head_dim % 2:
             raise ValueError(
-                f"{op}: expected {name} of shape [{q.shape[0]}, heads, {head_dim}] with dense heads of an even size, "
+                f"{op}: expected {name} of shape [{tokens}, heads, {head_dim}] with dense heads of an even size, "
                 f"got {list(x.shape)}, strides {x.stride()}"
             )
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dim() != 4 or cache.shape[2:] != k.shape[1:] or cache.dtype != k.dtype or not cache.is_contiguous():
-            raise ValueError(
-                f"{op}: expected {name} of shape [N, P, {k.shape[1]}, {head_dim}] in {k.dtype}, contiguous, "
-                f"got {list(cache.shape)} in {cache.dtype}"
-            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{op}: expected {name} of {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: expected v of shape {list(k.shape)} (that of k), got {list(v.shape)}")
+    for name, gain, x in (("q_norm", gains[0], q), ("k_norm", gains[1], k)):
+        if gain is not None:
+            expect(op, name, gain, tuple(x.shape[1:]), (q.dtype, torch.float32), q.device)
 
 
 def rotary_kv_write(
@@ -123,9 +128,16 @@ def rotary_kv_write(
     slot_mapping: Tensor,  # [T] int64
 ) -> None:
     """Launcher of op `rotary_kv_write`; the contract is in depthprune_runtime/ops/rotary_kv_write.py."""
-    _check(q, k, v, k_cache, v_cache)
-    if q.shape[0] == 0:
+    op = "rotary_kv_write"
+    _check(q, k, v, (q_norm, k_norm))
+    if q.shape[0] == 0 or q.shape[2] == 0 or q.shape[1] + k.shape[1] == 0:
         return
+    if k.shape[1]:
+        expect_caches(op, k_cache, v_cache, k.dtype, k.device)
+        if k_cache.shape[2:] != k.shape[1:]:
+            wanted = f"[N, P, {k.shape[1]}, {k.shape[2]}]"
+            raise ValueError(f"{op}: expected k_cache of shape {wanted}, got {list(k_cache.shape)}")
+    expect_places(op, q, q.shape[2], cos_sin, positions, slot_mapping)
     half = q.shape[2] // 2
     with torch.cuda.device_of(q):
         rotary_kv_write_kernel[(q.shape[0], q.shape[1] + k.shape[1])](

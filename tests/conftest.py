@@ -10,9 +10,18 @@ import pytest
 import torch
 
 from depthprune_runtime import Runtime, import_model
+from depthprune_runtime.extension import SWITCH, extension
 
 # Pico models gain nothing from threads, and spinning threads on a busy machine cost seconds a test.
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    """A build that failed is no reason to pass: without the extension its tests would not run."""
+    if os.environ.get(SWITCH) != "1" and extension() is None:
+        raise pytest.UsageError(
+            f"the C++ extension is not there: `make test` builds it; {SWITCH}=1 tests plain torch alone"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "spec": {"errors"},
     "families": {"errors", "spec"},
     "quantized": {"errors"},
-    "panels": {"_C"},
+    "extension": {"_build_info"},
+    "panels": {"extension"},
     "checkpoint": {"errors", "spec", "families", "quantized"},
     "detokenizer": set(),
     "text_stream": {"detokenizer"},
@@ -35,8 +36,8 @@ MAY_IMPORT = {
     "placement": {"errors"},
     "heap": set(),
     "huge_pages": set(),
-    "ops": {"quantized", "panels", "kernels", "_C"},
-    "model": {"errors", "spec", "quantized", "panels", "ops"},
+    "ops": {"quantized", "panels", "extension", "kernels"},
+    "model": {"errors", "spec", "quantized", "panels", "extension", "ops"},
     "quantization": {
         "errors",
         "progress",
@@ -50,6 +51,7 @@ MAY_IMPORT = {
         "placement",
         "pruning",
     },
+    "_build_info": set(),
     "inspection": {"spec", "checkpoint"},
     "plotting": {"errors"},
     "pruning": {
@@ -70,6 +72,7 @@ MAY_IMPORT = {
         "heap",
         "huge_pages",
         "panels",
+        "quantized",
         "spec",
         "checkpoint",
         "ops",
@@ -141,6 +144,15 @@ def test_nobody_imports_kernels_by_its_bare_name():
     folders = ("depthprune_runtime", "kernels", "benchmarks", "tests")
     for path in [p for f in folders for p in (ROOT / f).rglob("*.py")] + [ROOT / "setup.py"]:
         assert not {n for n in imported(path) if n.split(".")[0] == "kernels"}, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_know_tensors_only(path):
+    """Launchers are below the ops that bind them: they import torch, Triton and each other."""
+    for name in imported(path):
+        assert not name.startswith("depthprune_runtime.") or name.split(".")[1] == "kernels", f"{path}: {name}"
+        assert name.split(".")[0] in sys.stdlib_module_names | {"torch", "triton", "depthprune_runtime"}, name
+    assert "torch.ops" not in path.read_text(), f"{path}: an op of the package is above its launcher"
 
 
 def run(code: str) -> str:

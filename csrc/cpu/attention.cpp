@@ -43,9 +43,12 @@ void execute(const Problem& problem, const Plan& plan) {
   });
 }
 
-void check_query(const char* op, const at::Tensor& q, const char* name, const at::Tensor& k, const at::Tensor& v) {
+void check_query(
+    const char* op, const at::Tensor& q, const char* name, const at::Tensor& k, const at::Tensor& v, int64_t window) {
   const int64_t dims = k.dim();
-  DEPTHPRUNE_CHECK(q.dim() == 3 && q.size(2) > 0, op, "q", "shape [T, H, D]", q.sizes());
+  DEPTHPRUNE_CHECK(
+      q.dim() == 3 && q.size(1) > 0 && q.size(2) > 0, op, "q", "shape [T, H, D] with H and D of at least 1", q.sizes());
+  DEPTHPRUNE_CHECK(window >= 0, op, "window", "at least 0 (0: all tokens)", window);
   DEPTHPRUNE_CHECK(
       is_known(q.scalar_type()), op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
   DEPTHPRUNE_CHECK(
@@ -121,7 +124,7 @@ at::Tensor paged_attention(
     double scale, int64_t window) {   // -> [T, H, D]
   const char* op = "paged_attention";
   DEPTHPRUNE_CHECK(k_cache.dim() == 4 && k_cache.size(1) > 0, op, "k_cache", "shape [N, P, K, D]", k_cache.sizes());
-  check_query(op, input, "k_cache", k_cache, v_cache);
+  check_query(op, input, "k_cache", k_cache, v_cache, window);
   DEPTHPRUNE_CHECK(block_tables.dim() == 2, op, "block_tables", "shape [B, M]", block_tables.sizes());
   const int64_t requests = block_tables.size(0);
   const int64_t width = block_tables.size(1);
@@ -164,7 +167,7 @@ at::Tensor varlen_attention(
     double scale, int64_t window) {  // -> [T, H, D]
   const char* op = "varlen_attention";
   DEPTHPRUNE_CHECK(k.dim() == 3, op, "k", "shape [T, K, D]", k.sizes());
-  check_query(op, input, "k", k, v);
+  check_query(op, input, "k", k, v, window);
   DEPTHPRUNE_CHECK(
       k.size(0) == input.size(0), op, "k", c10::str("shape [", input.size(0), ", K, D] (the tokens of q)"), k.sizes());
   DEPTHPRUNE_CHECK(

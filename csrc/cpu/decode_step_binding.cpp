@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -21,6 +22,12 @@ namespace py = pybind11;
 using Tensors = std::vector<at::Tensor>;
 
 constexpr const char* kOp = "decode_step";
+constexpr int64_t kMostSize = 1 << 30;  // of a dimension: products of two fit 64 bits
+constexpr int64_t kMostSteps = 1 << 30;
+
+void check_size(const char* name, int64_t size) {
+  DEPTHPRUNE_CHECK(size >= 1 && size <= kMostSize, kOp, name, c10::str("1 to ", kMostSize), size);
+}
 
 // Weight [N, K] as [weight] or [panels], or as [codes, scales] or [codes, scales, zeros] with its sizes.
 struct StepLinear {
@@ -30,12 +37,35 @@ struct StepLinear {
   int64_t in_features;
   int64_t bits;  // 0: rows in the model's dtype; 16: bfloat16 in panels
   int64_t group_size;
+
+  StepLinear(
+      Tensors weight, std::optional<at::Tensor> bias, int64_t out_features, int64_t in_features, int64_t bits,
+      int64_t group_size)
+      : weight(std::move(weight)),
+        bias(std::move(bias)),
+        out_features(out_features),
+        in_features(in_features),
+        bits(bits),
+        group_size(group_size) {
+    check_size("out_features", out_features);
+    check_size("in_features", in_features);
+    const auto count = static_cast<int64_t>(this->weight.size());
+    DEPTHPRUNE_CHECK(bits == 0 || bits == 4 || bits == 8 || bits == 16, kOp, "bits", "0, 4, 8 or 16", bits);
+    const bool dense = bits == 0 || bits == 16;
+    DEPTHPRUNE_CHECK(
+        dense ? count == 1 : count == 2 || count == 3, kOp, "weight",
+        dense ? "one tensor" : "two tensors, or three with zero points", c10::str(count, " tensors"));
+    DEPTHPRUNE_CHECK(
+        dense || group_size == 32 || group_size == 64 || group_size == 128, kOp, "group_size", "32, 64 or 128",
+        group_size);
+  }
 };
 
 class Builder {
  public:
   Builder(at::ScalarType dtype, int64_t hidden_size, double eps) : dtype_(dtype) {
     DEPTHPRUNE_CHECK(is_known(dtype), kOp, "dtype", "bfloat16, float16 or float32", dtype);
+    check_size("hidden_size", hidden_size);
     weights_.dtype = dtype_of(dtype);
     weights_.hidden_size = hidden_size;
     weights_.eps = static_cast<float>(eps);
@@ -45,9 +75,18 @@ class Builder {
       const at::Tensor& norm, const StepLinear& qkv, const StepLinear& o, const std::optional<at::Tensor>& q_norm,
       const std::optional<at::Tensor>& k_norm, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, double scale,
       int64_t window, int64_t rotary, const at::Tensor& k_cache, const at::Tensor& v_cache) {
+    check_size("num_heads", num_heads);
+    check_size("num_kv_heads", num_kv_heads);
+    check_size("head_dim", head_dim);
     DEPTHPRUNE_CHECK(
-        num_kv_heads > 0 && num_heads % num_kv_heads == 0 && head_dim % 2 == 0, kOp, "num_heads, num_kv_heads, head_dim",
+        num_heads % num_kv_heads == 0 && head_dim % 2 == 0, kOp, "num_heads, num_kv_heads, head_dim",
         "whole groups and an even head_dim", c10::str(num_heads, ", ", num_kv_heads, ", ", head_dim));
+    DEPTHPRUNE_CHECK(window >= 0, kOp, "window", "at least 0 (0: all tokens)", window);
+    DEPTHPRUNE_CHECK(
+        q_norm.has_value() == k_norm.has_value(), kOp, "q_norm and k_norm", "both or neither",
+        q_norm ? "q_norm alone" : "k_norm alone");
+    DEPTHPRUNE_CHECK(
+        k_cache.dim() == 4 && k_cache.size(1) > 0, kOp, "k_cache", "shape [N, P, K, D], P at least 1", k_cache.sizes());
     AttentionLayer layer{};
     layer.norm = plain("norm", norm, {hidden()});
     layer.qkv = projection("qkv", qkv, (num_heads + 2 * num_kv_heads) * head_dim, hidden());
@@ -76,9 +115,13 @@ class Builder {
   }
 
   void set_ends(const StepLinear& embedding, const at::Tensor& norm, const StepLinear& lm_head) {
+    // A token that is chosen is looked up in the next step.
+    DEPTHPRUNE_CHECK(
+        lm_head.out_features <= embedding.out_features, kOp, "lm_head",
+        c10::str("at most ", embedding.out_features, " rows (those of the embedding)"), lm_head.out_features);
     weights_.embedding = projection("embedding", embedding, embedding.out_features, hidden());
-    weights_.norm = plain("norm", norm, {hidden()});
     weights_.lm_head = projection("lm_head", lm_head, lm_head.out_features, hidden());
+    weights_.norm = plain("norm", norm, {hidden()});
   }
 
   DecoderWeights weights() const { return weights_; }
@@ -169,7 +212,9 @@ void check_values(const char* name, const int64_t* values, int64_t count, int64_
 class Step {
  public:
   explicit Step(const Builder& builder)
-      : tensors_(builder.tensors()), dtype_(builder.dtype()), step_(builder.weights()) {}
+      : tensors_(builder.tensors()), dtype_(builder.dtype()), step_(builder.weights()) {
+    DEPTHPRUNE_CHECK(step_.weights().norm != nullptr, kOp, "builder", "both ends (set_ends)", "none");
+  }
 
   int64_t max_tokens() const { return step_.max_tokens(); }
 
@@ -221,7 +266,7 @@ class Step {
       double seconds) {  // -> [steps that were made, T]
     const DecoderWeights& weights = step_.weights();
     const int64_t tokens = count_of(ids);
-    DEPTHPRUNE_CHECK(steps >= 1, kOp, "steps", "at least 1", steps);
+    DEPTHPRUNE_CHECK(steps >= 1 && steps <= kMostSteps, kOp, "steps", c10::str("1 to ", kMostSteps), steps);
     DEPTHPRUNE_CHECK(block_tables.dim() == 2, kOp, "block_tables", "shape [T, M]", block_tables.sizes());
     DEPTHPRUNE_CHECK(stop_ids.dim() == 2, kOp, "stop_ids", "shape [T, E]", stop_ids.sizes());
     AheadInputs inputs{};
@@ -238,7 +283,12 @@ class Step {
     inputs.cos_sin = tables_of(cos_sin, inputs.positions, tokens, steps - 1);
     int64_t num_kv_blocks = 0;
     std::vector<int64_t> contexts(tokens);  // after the last step
-    for (int64_t t = 0; t < tokens; ++t) contexts[t] = inputs.positions[t] + steps;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t position = inputs.positions[t];
+      DEPTHPRUNE_CHECK(
+          position >= 0 && position < kMostSize, kOp, "positions", c10::str("values from 0 to ", kMostSize - 1), position);
+      contexts[t] = position + steps;
+    }
     for (const auto& layer : weights.layers) {
       const auto* attention = std::get_if<AttentionLayer>(&layer);
       if (attention == nullptr) continue;

@@ -18,6 +18,7 @@
 #include "cpu/gemm.h"
 #include "cpu/linear.h"
 #include "cpu/linear_op.h"
+#include "rows_of.h"
 
 namespace depthprune {
 namespace {
@@ -68,8 +69,6 @@ void check_linear(
       c10::str("dtype ", x.scalar_type(), " (that of x), device cpu"),
       c10::str(bias->scalar_type(), " ", bias->device()));
 }
-
-at::Tensor with_rows(const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
 Gemm gemm_job(const at::Tensor& x, const at::Tensor& bias, at::Tensor& out, bool gated) {
   Gemm job{};
@@ -150,7 +149,8 @@ at::Tensor linear(
   const int64_t most = kMostTokens[static_cast<int>(dtype)];
   const int64_t run = in_runs(dtype) ? std::min(x.size(0), most) : x.size(0);
   const LinearKernel* kernel = linear_kernel(dtype, run);
-  if (kernel == nullptr) return at::linear(x, weight, bias);
+  // Dense: with AMX, torch 2.13 multiplies what lies beside a bfloat16 row by zero, which is NaN where that is.
+  if (kernel == nullptr) return at::linear(x.contiguous(), weight.contiguous(), bias);
   at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
   if (out.numel() == 0) return out;
   const at::Tensor inputs = with_rows(x);

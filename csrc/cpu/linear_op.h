@@ -15,10 +15,7 @@ void check_linear(
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
-// t [M, N], or a dense copy where its last dimension is strided.
-at::Tensor with_rows(const at::Tensor& t);
-
-// The product of x [T, K] in bfloat16, with_rows; bias: contiguous, or undefined; out: dense.
+// The product of x [T, K] in bfloat16, with dense rows; bias: contiguous, or undefined; out: dense.
 Gemm gemm_job(const at::Tensor& x, const at::Tensor& bias, at::Tensor& out, bool gated);
 
 at::Tensor silu_mul(const at::Tensor& gate_up);

@@ -11,6 +11,7 @@
 #include "check.h"
 #include "cpu/gemm.h"
 #include "cpu/linear_op.h"
+#include "rows_of.h"
 
 namespace depthprune {
 namespace {
@@ -35,6 +36,7 @@ at::Tensor panel_linear(
   constexpr const char* op = "panel_linear";
   DEPTHPRUNE_CHECK(x.dim() == 2, op, "x", "two dimensions [T, K]", x.sizes());
   DEPTHPRUNE_CHECK(x.scalar_type() == at::kBFloat16, op, "x", "dtype bfloat16", x.scalar_type());
+  DEPTHPRUNE_CHECK(out_features >= 0, op, "out_features", "at least 0", out_features);
   check_panels(op, panels, out_features, x.size(1));
   DEPTHPRUNE_CHECK(
       !gated || out_features % (2 * kGemmRows) == 0, op, "out_features", "a multiple of 32, gated", out_features);
@@ -55,8 +57,8 @@ at::Tensor panel_linear(
 void pack_panels(const at::Tensor& weight, at::Tensor& panels) {  // [N, K], [P, K' / 2, 16, 2]
   constexpr const char* op = "pack_panels";
   DEPTHPRUNE_CHECK(
-      weight.dim() == 2 && weight.scalar_type() == at::kBFloat16, op, "weight", "shape [N, K] in bfloat16",
-      c10::str(weight.sizes(), " ", weight.scalar_type()));
+      weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.is_cpu(), op, "weight",
+      "shape [N, K] in bfloat16, device cpu", c10::str(weight.sizes(), " ", weight.scalar_type(), " ", weight.device()));
   check_panels(op, panels, weight.size(0), weight.size(1));
   const at::Tensor rows = with_rows(weight);
   const auto* from = static_cast<const uint16_t*>(rows.const_data_ptr());

@@ -102,7 +102,7 @@ void rotary(
         position[t] >= 0 && position[t] < table.size(0), op, "positions",
         c10::str("values from 0 to ", table.size(0) - 1), c10::str(position[t], " at index ", t));
   }
-  if (tokens == 0 || half == 0) return;
+  if (q.numel() == 0 && k.numel() == 0) return;
   // Copies only where the last dimension is strided, which the engine never has.
   const at::Tensor dense_q = q.stride(2) == 1 ? q : q.contiguous();
   const at::Tensor dense_k = k.stride(2) == 1 ? k : k.contiguous();

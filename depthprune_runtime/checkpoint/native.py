@@ -167,7 +167,7 @@ class NativeCheckpoint(Checkpoint):
             return self.tensor(name)
         rows, columns = self.spec.projections()[name]
         parts = {part: self._stored(f"{name}.{part}") for part in quant.shapes(rows, columns)}
-        return QuantizedWeight(quant, rows, columns, **parts)
+        return QuantizedWeight(quant, rows, columns, parts["codes"], parts["scales"], parts.get("zeros"))
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.quantization:

@@ -20,7 +20,7 @@ def progress(args: argparse.Namespace) -> Any:
 def load(args: argparse.Namespace) -> Any:
     from depthprune_runtime.engine.runtime import Runtime
 
-    return Runtime.load(args.model, args.device, args.dtype)
+    return Runtime.load(args.model, args.device, args.dtype, activations=args.activations)
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,3 +57,13 @@ def add_calibration(parser: argparse.ArgumentParser, suits: str) -> None:
 def add_placement(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto", help=f"bf16, fp16 or fp32 {what} (default: the source's)")
+
+
+def add_activations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activations",
+        default="auto",
+        metavar="TYPE",
+        help="what meets weights of 8 or 4 bits: int8, or the model's dtype, such as bf16: not rounded and, on a CPU, "
+        "several times slower (default: int8 on a CPU)",
+    )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.cli.common import Parser, add_placement, load, print_json, progress
+from depthprune_runtime.cli.common import Parser, add_activations, add_placement, load, print_json, progress
 from depthprune_runtime.errors import InputError
 
 
@@ -110,6 +110,7 @@ def add_generate(commands: Any, common: Parser) -> None:
     p.add_argument("--logprobs", type=int, metavar="N", help="report the N most likely tokens (with --json)")
     p.add_argument("-n", type=int, help="outputs per prompt")
     add_placement(p, "to compute in")
+    add_activations(p)
     p.set_defaults(run=_generate)
 
 
@@ -121,6 +122,7 @@ def add_perplexity(commands: Any, common: Parser) -> None:
     p.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
     p.add_argument("--rows", action="store_true", help="join the lines by blank lines, as the pruning papers do")
     add_placement(p, "to compute in")
+    add_activations(p)
     p.set_defaults(run=_perplexity)
 
 
@@ -138,6 +140,7 @@ def add_evaluate(commands: Any, common: Parser) -> None:
     p.add_argument("--offset", type=int, default=0, metavar="N", help="leave out the first N rows of each file")
     p.add_argument("--batch-tokens", type=int, default=4096, metavar="T", help="tokens in a pass (default 4096)")
     add_placement(p, "to compute in")
+    add_activations(p)
     p.set_defaults(run=_evaluate)
 
 

@@ -28,7 +28,7 @@ from depthprune_runtime.generation_config import generation_config
 from depthprune_runtime.heap import return_free_heap
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
-from depthprune_runtime.placement import resolve_device, resolve_dtype
+from depthprune_runtime.placement import may_round_activations, resolve_device, resolve_dtype
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.tokenizer import CHAT_OPTIONS, Tokenizer
 
@@ -52,7 +52,9 @@ class Runtime:
         dtype: torch.dtype,
         mmap: bool = False,
         skip_tokenizer_init: bool = False,
+        activations: str = "auto",
     ) -> None:
+        may_round = may_round_activations(activations, device, dtype)
         self.name = checkpoint.name
         self._process = Process(f"the model {checkpoint.name}")
         self.spec: DecoderSpec = checkpoint.spec
@@ -72,7 +74,7 @@ class Runtime:
             )
         self._inputs = Inputs(self.name, self.spec, self.tokenizer, config, skipped)
         self.default_sampling_params = self._inputs.default_sampling_params
-        self.decoder = Decoder(self.spec, decoder_weights(checkpoint, device, dtype, mmap), device, dtype)
+        self.decoder = Decoder(self.spec, decoder_weights(checkpoint, device, dtype, mmap, may_round), device, dtype)
         return_free_heap()
 
     @classmethod
@@ -84,6 +86,7 @@ class Runtime:
         verify: bool = True,
         mmap: bool = False,
         skip_tokenizer_init: bool = False,
+        activations: str = "auto",
     ) -> Runtime:
         """Load our own file, a Hugging Face folder or hub id, or a GGUF file.
 
@@ -91,14 +94,16 @@ class Runtime:
         its checksums; mmap: on a CPU, leave the weights of our own file mapped, so that processes share them, rather
         than copy them into huge pages and the layout that the kernels read fastest; skip_tokenizer_init: leave the
         tokenizer out, for callers that have their own: prompts are token ids, outputs have no text, and what ends them
-        unasked is only the `eos_token_id` of the generation config.
+        unasked is only the `eos_token_id` of the generation config; activations: what meets a weight of 8 or 4 bits.
+        `int8`, on a CPU the default, rounds it to 8 bits (W8A8, W4A8); the name of the model's dtype, such as `bf16`,
+        keeps it as it is (W8A16, W4A16), which on a CPU is several times slower.
         """
         if not isinstance(model, str | os.PathLike) or not str(model):
             refuse("model", "a file, a folder or a hub id", model)
         wanted = resolve_dtype(dtype)
         target = resolve_device(device)
         checkpoint = open_checkpoint(model, wanted, verify)
-        return cls(checkpoint, target, wanted or checkpoint.dtype, mmap, skip_tokenizer_init)
+        return cls(checkpoint, target, wanted or checkpoint.dtype, mmap, skip_tokenizer_init, activations)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,8 @@ panels where the kernels like those better. `mmap` leaves them in the mapped fil
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from depthprune_runtime.huge_pages import HugePages, huge_pages_available
 from depthprune_runtime.model.decoder import WeightGetter
 from depthprune_runtime.model.linear import Weight
 from depthprune_runtime.panels import panel_shape, panels_pay
+from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import DecoderSpec
 
 
@@ -25,8 +28,20 @@ def in_panels(spec: DecoderSpec, dtype: torch.dtype) -> frozenset[str]:
     return frozenset(spec.projections())
 
 
-def decoder_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mmap: bool) -> WeightGetter:
-    """What a decoder takes its weights from."""
+def decoder_weights(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mmap: bool, rounds_inputs: bool = True
+) -> WeightGetter:
+    """What a decoder takes its weights from. rounds_inputs: see `QuantizedWeight`."""
+    stored = _stored(checkpoint, device, dtype, mmap)
+
+    def weight(name: str) -> Weight:
+        found = stored(name)
+        return dataclasses.replace(found, rounds_inputs=rounds_inputs) if isinstance(found, QuantizedWeight) else found
+
+    return weight
+
+
+def _stored(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mmap: bool) -> WeightGetter:
     if mmap or device.type != "cpu":
         return checkpoint.weight
     packed = in_panels(checkpoint.spec, dtype) - set(checkpoint.quantization)

@@ -6,12 +6,12 @@ kernels with the same roundings: the logits are equal bit for bit.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from depthprune_runtime.extension import extension
 from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import Linear
@@ -21,29 +21,24 @@ from depthprune_runtime.panels import PanelWeight
 from depthprune_runtime.quantized import QuantizedWeight
 
 
-def _extension() -> Any | None:
-    """The C++ extension; None where it was not built, which `ops` has said in the log."""
-    try:
-        return importlib.import_module("depthprune_runtime._C")
-    except ImportError:
-        return None
-
-
 def build_decode_step(decoder: Decoder, kv: Sequence[KVPair | None]) -> DecodeStep | None:
-    """The step over `decoder` and its KV cache; None where ops run instead: no CPU, or no extension."""
-    extension = _extension()
-    if extension is None or decoder.device.type != "cpu":
+    """The step over `decoder` and its KV cache; None where ops run instead.
+
+    That is: no CPU, no extension, or quantised weights whose inputs are not to be rounded.
+    """
+    module = extension()
+    if module is None or decoder.device.type != "cpu" or not decoder.rounds_inputs:
         return None
-    return DecodeStep(extension, decoder, kv)
+    return DecodeStep(module, decoder, kv)
 
 
 class DecodeStep:
     """max_tokens: most requests of a step; more go through the ops, whose matrix products are the better ones then."""
 
-    def __init__(self, extension: Any, decoder: Decoder, kv: Sequence[KVPair | None]) -> None:
-        self._extension = extension
+    def __init__(self, module: Any, decoder: Decoder, kv: Sequence[KVPair | None]) -> None:
+        self._module = module
         self._rotary: list[RotaryTable] = []
-        builder = extension.StepBuilder(decoder.dtype, decoder.spec.hidden_size, decoder.spec.rms_norm_eps)
+        builder = module.StepBuilder(decoder.dtype, decoder.spec.hidden_size, decoder.spec.rms_norm_eps)
         for sublayer, pair in zip(decoder.sublayers, kv, strict=True):
             if isinstance(sublayer, Attention):
                 assert pair is not None
@@ -52,7 +47,7 @@ class DecodeStep:
                 builder.add_ffn(sublayer.norm, self._linear(sublayer.gate_up), self._linear(sublayer.down))
         embedding = self._linear(Linear(decoder.embed_tokens))
         builder.set_ends(embedding, decoder.norm, self._linear(decoder.lm_head))
-        self._step = extension.DecodeStep(builder)
+        self._step = module.DecodeStep(builder)
 
     @property
     def max_tokens(self) -> int:
@@ -120,4 +115,4 @@ class DecodeStep:
             parts, bits, group_size = [weight.panels], 16, 0
         else:
             parts, bits, group_size = [weight], 0, 0
-        return self._extension.StepLinear(parts, linear.bias, rows, columns, bits, group_size)
+        return self._module.StepLinear(parts, linear.bias, rows, columns, bits, group_size)

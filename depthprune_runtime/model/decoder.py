@@ -12,6 +12,7 @@ from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.linear import Linear, Weight, embedding
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair, Sublayer, build_sublayer, plain
+from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 
 WeightGetter = Callable[[str], Weight]
@@ -68,6 +69,16 @@ class Decoder:
         self.lm_head = Linear(head)  # [V, C]
         attention = [i for i, sublayer in enumerate(self.sublayers) if isinstance(sublayer, Attention)]
         self._last_attention = attention[-1] if attention else -1
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether no quantised weight forbids that its inputs are rounded to 8 bits."""
+        projections = [self.lm_head]
+        for sublayer in self.sublayers:
+            own = (sublayer.qkv, sublayer.o) if isinstance(sublayer, Attention) else (sublayer.gate_up, sublayer.down)
+            projections.extend(own)
+        weights = (projection.weight for projection in projections)
+        return all(weight.rounds_inputs for weight in weights if isinstance(weight, QuantizedWeight))
 
     def hidden_states(
         self,

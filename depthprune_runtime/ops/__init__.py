@@ -1,16 +1,15 @@
 """The contract of every op: schema, plain-torch reference, wrapper with shapes.
 
 Importing this package also binds what is built: the C++ extension (CPU, and CUDA where it was built for it) and, on a
-machine with a CUDA device and Triton, the kernels of ops that C++ does not serve there. Who serves CUDA and what is
-missing is said once in the log, and the reference runs.
+machine with a CUDA device and Triton, the kernels of ops that C++ does not serve there. Who serves CUDA is said once in
+the log; what is missing is said once, too, and the reference runs.
 """
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
+from depthprune_runtime.extension import extension
 from depthprune_runtime.ops._library import implementations
 from depthprune_runtime.ops._triton import bind_triton
 from depthprune_runtime.ops.activation import silu_mul
@@ -58,13 +57,6 @@ __all__ = [
     "varlen_attention",
 ]
 
-_log = logging.getLogger("depthprune_runtime")
-
-try:
-    from depthprune_runtime import _C  # noqa: F401
-except ImportError as error:
-    _log.warning("C++ extension not loaded (%s): CPU ops run as plain torch; reinstall to build it", error)
-
-
+extension()
 if torch.version.cuda is not None and torch.cuda.is_available():
     bind_triton()

@@ -5,7 +5,6 @@ A list of tensors, and three integers that say what they are.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from depthprune_runtime.ops.linear import linear
@@ -48,31 +47,3 @@ def project(x: Tensor, tensors: list[Tensor], layout: list[int], bias: Tensor | 
     if isinstance(weight, PanelWeight):
         return panel_linear(x, weight, bias)
     return linear(x, weight, bias)
-
-
-def check_packed(op: str, x: Tensor, tensors: list[Tensor], layout: list[int], bias: Tensor | None) -> None:
-    """ValueError unless `x` [T, K] meets the packed weight [N, K] and `bias` [N]; for kernels of a GPU."""
-    if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
-        raise ValueError(f"{op}: expected x of shape [T, K] with dense rows, got {list(x.shape)}, {x.stride()}")
-    out_features, bits, group_size = layout
-    if bits == PANEL_BITS:
-        raise ValueError(f"{op}: expected a weight in rows or quantised, got panels, which only CPU kernels read")
-    if bits == 0:
-        expected: dict[str, tuple[int, ...]] = {"weight": (out_features, x.shape[1])}
-    else:
-        expected = QuantSpec(bits, group_size, symmetric=len(tensors) == 2).shapes(out_features, x.shape[1])
-    for (name, shape), tensor in zip(expected.items(), tensors, strict=True):
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != x.device:
-            raise ValueError(
-                f"{op}: expected {name} of shape {list(shape)}, contiguous, on {x.device}, "
-                f"got {list(tensor.shape)} on {tensor.device}"
-            )
-    if bits == 0 and tensors[0].dtype != x.dtype:
-        raise ValueError(f"{op}: expected weight of dtype {x.dtype} like x, got {tensors[0].dtype}")
-    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
-        raise ValueError(f"{op}: expected bias of shape [{out_features}] in {x.dtype}, got {list(bias.shape)}")
-
-
-def check_norm(op: str, x: Tensor, norm: Tensor) -> None:
-    if tuple(norm.shape) != (x.shape[1],) or norm.device != x.device or norm.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"{op}: expected norm of shape [{x.shape[1]}] on {x.device}, got {list(norm.shape)}")

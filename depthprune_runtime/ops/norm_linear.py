@@ -13,12 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from depthprune_runtime.kernels.launch_rows import RUN
 from depthprune_runtime.ops._library import define
 from depthprune_runtime.ops._weight import Weight, pack, project
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.norm import rms_norm
-
-RUN = 16  # rows of the head whose largest logit is found where they are computed
 
 
 def _norm_linear(

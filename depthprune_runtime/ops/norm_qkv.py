@@ -28,6 +28,8 @@ def _norm_qkv(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
+    if k_cache.dim() != 4 or k_cache.shape[3] < 1:
+        raise ValueError(f"norm_qkv: expected k_cache of shape [N, P, K, D], D >= 1, got {list(k_cache.shape)}")
     kv_heads, head_dim = k_cache.shape[2:]
     heads = layout[0] // head_dim - 2 * kv_heads
     qkv = project(rms_norm(x, norm, eps), weight, layout, bias)

@@ -53,7 +53,7 @@ class QuantizedCheckpoint(Checkpoint):
         quant = self._quantized[name]
         rows, columns = self.spec.projections()[name]
         parts = {part: self._store.tensors[f"{name}.{part}"] for part in quant.shapes(rows, columns)}
-        return QuantizedWeight(quant, rows, columns, **parts)
+        return QuantizedWeight(quant, rows, columns, parts["codes"], parts["scales"], parts.get("zeros"))
 
     def tensor(self, name: str) -> Tensor:
         weight = self.weight(name)

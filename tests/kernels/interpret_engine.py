@@ -6,7 +6,6 @@ without them. Run by test_interpret.py with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 
 import pytest
@@ -19,7 +18,7 @@ from depthprune_runtime.engine import runner
 from depthprune_runtime.engine.decode_loop import DecodeLoop
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import bind
-from depthprune_runtime.ops._triton import LAUNCHERS
+from depthprune_runtime.ops._triton import LAUNCHERS, implementation
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
 
 allow_loop_bounds()
@@ -40,8 +39,8 @@ EXPECTED = {name: [random_decoder.solo(spec, p, GREEDY) for p in PROMPTS] for na
 def launchers_serve_the_cpu() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that the C++ kernels are overridden, which is the purpose
-        for name, module in LAUNCHERS.items():
-            bind(name, getattr(importlib.import_module(f"depthprune_runtime.kernels.{module}"), name), "CPU")
+        for name in LAUNCHERS:
+            bind(name, implementation(name), "CPU")
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import depthprune_runtime.kernels
+from depthprune_runtime.ops._triton import LAUNCHERS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,14 +43,24 @@ def test_nobody_imports_the_bare_name() -> None:
             assert not pattern.search(path.read_text()), path
 
 
+# In a process that believes it has a CUDA device, where ops binds the launchers when it is imported.
+FIRST = """
+import sys, torch
+torch.version.cuda, torch.cuda.is_available = "13.0", lambda: True
+import depthprune_runtime.kernels.{module}
+assert not torch.cuda.is_initialized(), "CUDA was initialised"
+found = sorted(n for n in sys.modules if n.startswith("depthprune_runtime.") and ".kernels" not in n)
+assert not found, f"a kernels module imports {{found}}"
+from depthprune_runtime import ops
+assert ops.implementations("{op}")["CUDA"] == "native"
+"""
+
+
 @pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "kernels").glob("*.py")))
-def test_import_touches_no_gpu(module: str) -> None:
-    if not module.startswith("launch"):
-        pytest.importorskip("triton", reason="triton is not installed: the kernel modules do not import")
-    code = (
-        f"import depthprune_runtime.kernels.{module}, torch; "
-        "assert not torch.cuda.is_initialized(), 'CUDA was initialised'"
-    )
+def test_a_module_is_imported_first(module: str) -> None:
+    """No module needs ops to be there before it, and none touches a GPU."""
+    pytest.importorskip("triton", reason="triton is not installed: the kernel modules do not import")
+    code = FIRST.format(module=module, op=next((op for op, home in LAUNCHERS.items() if home == module), "rms_norm"))
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout == ""

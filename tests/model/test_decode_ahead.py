@@ -6,6 +6,7 @@ import pytest
 import random_decoder
 import specs
 import torch
+from built import built
 
 from depthprune_runtime import ops
 from depthprune_runtime.engine.kv_cache import KVCache
@@ -13,7 +14,7 @@ from depthprune_runtime.model.batch import PagedContext, packed
 from depthprune_runtime.model.decode_step import DecodeStep, build_decode_step
 from depthprune_runtime.spec import DecoderSpec
 
-pytest.importorskip("depthprune_runtime._C")
+built()
 CPU = torch.device("cpu")
 BLOCK = 4
 LONG = 60.0  # seconds

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import specs
 import torch
+from built import built
 
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.model.batch import PagedContext, packed
@@ -16,7 +17,7 @@ from depthprune_runtime.panels import PanelWeight, to_panels
 from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 
-_C = pytest.importorskip("depthprune_runtime._C")
+_C = built()
 CPU = torch.device("cpu")
 BLOCK = 4
 LEVELS = _C.cpu_levels()
@@ -167,3 +168,61 @@ def test_bad_places_are_refused():
             run(**bad)
     with pytest.raises(ValueError, match="context_lens"):
         run(length=5)
+
+
+def arguments(rows: int, columns: int, **changes: object) -> dict[str, object]:
+    dense = {"weight": [torch.ones(rows, columns)], "bias": None, "out_features": rows, "in_features": columns}
+    return dense | {"bits": 0, "group_size": 0} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 4, "group_size": 0, "weight": [torch.ones(1), torch.ones(1)]}, "group_size of 32, 64 or 128, got 0"),
+        ({"bits": 5}, "bits of 0, 4, 8 or 16, got 5"),
+        ({"weight": []}, "weight of one tensor, got 0 tensors"),
+        ({"bits": 8, "group_size": 32}, "two tensors, or three with zero points, got 1 tensors"),
+        ({"out_features": 0}, "out_features of 1 to"),
+        ({"in_features": -1}, "in_features of 1 to"),
+    ],
+)
+def test_a_projection_of_an_unknown_layout_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"decode_step: expected .*{message}"):
+        _C.StepLinear(**arguments(8, 8, **changes))
+
+
+def test_a_head_of_more_rows_than_the_embedding_is_refused():
+    """Else a token that a greedy step chooses has no row to be looked up in the next."""
+    builder = _C.StepBuilder(torch.float32, 8, 1e-5)
+    embedding, head = _C.StepLinear(**arguments(20, 8)), _C.StepLinear(**arguments(21, 8))
+    with pytest.raises(ValueError, match=r"expected lm_head of at most 20 rows .*, got 21"):
+        builder.set_ends(embedding, torch.ones(8), head)
+    with pytest.raises(ValueError, match="expected builder of both ends"):
+        _C.DecodeStep(builder)
+    builder.set_ends(embedding, torch.ones(8), embedding)
+    assert _C.DecodeStep(builder).max_tokens() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 0}, "num_heads of 1 to"),
+        ({"num_kv_heads": 0}, "num_kv_heads of 1 to"),
+        ({"head_dim": 0}, "head_dim of 1 to"),
+        ({"k_norm": None}, "q_norm and k_norm of both or neither, got q_norm alone"),
+        ({"q_norm": None}, "both or neither, got k_norm alone"),
+        ({"window": -1}, "window of at least 0"),
+        ({"k_cache": torch.zeros(3)}, "k_cache of shape"),
+        ({"k_cache": torch.zeros(2, 0, 1, 4)}, "k_cache of shape"),
+    ],
+)
+def test_attention_of_no_heads_and_half_a_norm_is_refused(changes, message):
+    builder = _C.StepBuilder(torch.float32, 8, 1e-5)
+    good = {
+        "norm": torch.ones(8), "qkv": _C.StepLinear(**arguments(16, 8)), "o": _C.StepLinear(**arguments(8, 8)),
+        "q_norm": torch.ones(2, 4), "k_norm": torch.ones(1, 4), "num_heads": 2, "num_kv_heads": 1, "head_dim": 4,
+        "scale": 0.5, "window": 0, "rotary": 0, "k_cache": torch.zeros(2, 3, 1, 4), "v_cache": torch.zeros(2, 3, 1, 4),
+    }  # fmt: skip
+    builder.add_attention(**good)
+    with pytest.raises(ValueError, match=message):
+        builder.add_attention(**good | changes)

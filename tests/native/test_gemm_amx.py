@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from built import built
 from op_cases import plain
 from torch import Tensor
 
 from depthprune_runtime.panels import to_panels
 
-_C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+_C = built()
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = """
 #include <initializer_list>

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from built import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from depthprune_runtime import ops
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
 
-_C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+_C = built()
 LEVELS = _C.cpu_levels()
 ATTENTION_LEVELS = LEVELS
 at_every_level = pytest.mark.parametrize("level", ATTENTION_LEVELS)
@@ -305,3 +307,14 @@ def test_errors_name_the_argument(position, change, message):
     args[position] = change(args[position])
     with pytest.raises(ValueError, match=f"paged_attention: expected {message}"):
         paged_attention(*args)
+
+
+def test_attention_without_heads_is_refused() -> None:
+    q, kv, bounds = torch.empty(3, 0, 8), torch.ones(3, 2, 8), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match=r"varlen_attention: expected q of shape .* H and D of at least 1"):
+        ops.varlen_attention(q, kv, kv, bounds, 1.0)
+    cache, table = torch.ones(1, 4, 2, 8), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"paged_attention: expected q of shape .* H and D of at least 1"):
+        ops.paged_attention(q, cache, cache, table, torch.tensor([3]), bounds, 1.0)
+    with pytest.raises(ValueError, match="varlen_attention: expected window of at least 0"):
+        ops.varlen_attention(torch.ones(3, 2, 8), kv, kv, bounds, 1.0, -5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from built import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from depthprune_runtime import ops
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
 
-pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+built()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from built import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
 
-_C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+_C = built()
 
 EPS = 1e-5
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

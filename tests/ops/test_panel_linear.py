@@ -7,17 +7,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from built import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import plain
 from torch import Tensor
 
 from depthprune_runtime import ops
+from depthprune_runtime.kernels.packed import check_packed
 from depthprune_runtime.ops import implementations
-from depthprune_runtime.ops._weight import check_packed, pack
+from depthprune_runtime.ops._weight import pack
 from depthprune_runtime.panels import PanelWeight, from_panels, panel_shape, panels_pay, to_panels
 
-_C = pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+_C = built()
 LEVELS = _C.cpu_levels()
 
 

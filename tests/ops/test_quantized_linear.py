@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+from built import built
 
 from depthprune_runtime import ops
 from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 
-_C = pytest.importorskip("depthprune_runtime._C")
+_C = built()
 RUN = 32
 LEVELS = _C.cpu_levels()
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from built import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from depthprune_runtime import ops
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import REFERENCES
 from depthprune_runtime.spec import RopeSpec
 
-pytest.importorskip("depthprune_runtime._C", reason="the C++ extension is not built")
+built()
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 rotary = torch.ops.depthprune.rotary.default
@@ -134,3 +136,11 @@ def test_errors_name_the_argument():
         silu_mul(draw(0, 3, 7))
     with pytest.raises(ValueError, match=r"silu_mul: expected gate_up of dtype .* got Double"):
         silu_mul(draw(0, 3, 8).double())
+
+
+def test_rotary_of_no_heads_is_nothing_to_do() -> None:
+    empty, table = torch.empty(3, 0, 8), torch.ones(5, 2, 4)
+    ops.rotary(empty, empty.clone(), table, torch.tensor([0, 1, 2]))
+    k = torch.ones(3, 1, 8)
+    ops.rotary(empty, k, table, torch.tensor([0, 1, 2]))
+    assert not torch.equal(k, torch.ones(3, 1, 8)), "keys without queries are rotated"
