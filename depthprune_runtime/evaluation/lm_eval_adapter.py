@@ -22,7 +22,7 @@ from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.runtime import Runtime
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.evaluation import scoring
-from depthprune_runtime.evaluation.tasks import Metric, TaskResult
+from depthprune_runtime.evaluation.results import Metric, TaskResult
 from depthprune_runtime.progress import Progress
 
 try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from depthprune_runtime.pruning.states import TokenStates
 
 MAX_SPAN = 6  # blocks; longer spans are seldom cheap, and every length costs a regression a block
 _DIRECTIONS = 128  # of the residual stream that are looked at
+_LAM = 0.1  # of the regressions, relative to the mean of the Gram diagonal
 
 Errors = dict[tuple[int, int], float]  # (first block, number of blocks) -> error
 
@@ -175,7 +177,7 @@ def span_errors(
     device: torch.device,
     dtype: torch.dtype,
     max_span: int = MAX_SPAN,
-    lam: float = 0.1,
+    lam: float = _LAM,
     advance: Advance = lambda: None,
 ) -> Errors:
     """Error of every span of at most `max_span` blocks, in one pass of the dense model. lam: relative ridge.
@@ -229,9 +231,19 @@ def plan_after_repair(
         "score": "after-repair",
         "protect_last": protect_last,
         "calibration": calibration.description,
-        "span_errors": [[first, n, error] for (first, n), error in sorted(errors.items())],
+        **evidence(errors),
     }
     return PrunePlan("shortgpt", parent_digest, tuple(Drop(i) for b in gone for i in pairs[b]), settings)
+
+
+def evidence(errors: Errors) -> dict[str, Any]:
+    """What a choice of spans was made from, for the plan's settings; errors: of `span_errors` with its defaults."""
+    return {
+        "span_errors": [[first, n, error] for (first, n), error in sorted(errors.items())],
+        "max_span": MAX_SPAN,
+        "span_lam": _LAM,
+        "directions": _DIRECTIONS,
+    }
 
 
 def equal_errors(blocks: int) -> Errors:

@@ -13,7 +13,7 @@ from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.pruning.calibration import CalibrationSet, sample_windows
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
-from depthprune_runtime.pruning.prune import blocks_for_sparsity
+from depthprune_runtime.pruning.request import blocks_for_sparsity
 from depthprune_runtime.pruning.shortgpt import plan_shortgpt, removal_order, score_blocks
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 
@@ -89,6 +89,22 @@ def test_the_plan_drops_both_sublayers_of_the_lowest_blocks(pico_file, scores):
     assert made.dropped() == {i for b in lowest for i in (2 * b, 2 * b + 1)}
     assert made.settings["scores"]["block-influence"] == pytest.approx(scores.block_influence)
     assert PrunePlan.from_json(made.to_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("score", "protected"),
+    [("block-influence", True), ("relative-magnitude", False), ("sequential", False), ("reverse", False)],
+)
+def test_the_last_block_is_protected_as_in_the_paper(pico_file, score, protected):
+    made = plan(pico_file, score=score)
+    assert made.settings["protect_last"] is protected
+    assert (5 in made.settings["removal_order"]) is not protected
+    assert plan(pico_file, score=score, protect_last=not protected).settings["protect_last"] is not protected
+
+
+def test_reverse_drops_the_last_block_first(pico_file):
+    assert plan(pico_file, blocks=1, score="reverse").dropped() == {10, 11}
+    assert plan(pico_file, blocks=1, score="reverse", protect_last=True).dropped() == {8, 9}
 
 
 @pytest.mark.parametrize("dropped", [[], [0], [5], [2, 3], [0, 2, 4, 5], [1, 2, 3, 4, 5]])
