@@ -67,10 +67,14 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens (such as a leading BOS) as the model's tokenizer adds them."""
-        if len(text) < _LONG:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        else:  # only a batch releases the GIL
-            ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        try:
+            if len(text) < _LONG:
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            else:  # only a batch releases the GIL
+                ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except TypeError as error:  # all that the library says
+            got = "a lone surrogate in it; decode the text as UTF-8" if isinstance(text, str) else type(text).__name__
+            raise InputError(f"text: expected Unicode text, got {got}") from error
         return ids
 
     @functools.cached_property
