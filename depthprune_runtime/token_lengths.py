@@ -103,5 +103,5 @@ def _keeps_all(state: Mapping[str, Any]) -> bool:
     if kind == "Sequence":
         return all(map(_keeps_all, state["pretokenizers"]))
     if kind == "Split":
-        return state["behavior"] != "Removed"
+        return str(state["behavior"]) != "Removed"
     return kind is None or kind in _KEEPING_PRE_TOKENIZERS

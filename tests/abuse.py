@@ -79,6 +79,8 @@ class Abuse:
         self._seed = seed
 
     async def run(self) -> None:
+        gc.collect()
+        gc.freeze()  # a collection of all modules would stop every thread for longer than any request may
         numbers = iter(range(self._requests))
         ended = asyncio.Event()
         watcher = asyncio.create_task(self._watch(ended))
@@ -87,6 +89,7 @@ class Abuse:
         await watcher
         while (stats := await self.engine.stats()).num_running or stats.num_waiting:
             await asyncio.sleep(0.001)
+        gc.unfreeze()
 
     async def _caller(self, numbers: Any) -> None:
         for number in numbers:
@@ -98,7 +101,6 @@ class Abuse:
                 self.unexpected.append(f"{number}: {error!r}"[:300])
             self.counts[outcome] += 1
             if number % max(1, self._requests // 10) == 0:
-                gc.collect()
                 self.memory.append(resident())
 
     async def _one(self, rng: random.Random, number: int) -> str:

@@ -29,11 +29,16 @@ def refuse(name: str, expected: str, got: object) -> NoReturn:
     raise InputError(f"{name}: expected {expected}, got {shown(got)}")
 
 
+def _is_array_or_bool(value: Any) -> bool:
+    """Of numpy or torch: what has dimensions, or is true or false."""
+    return getattr(value, "ndim", 0) != 0 or str(getattr(value, "dtype", "")).endswith("bool")
+
+
 def as_integer(value: Any) -> int | None:
     """`value` as an int; None if it is no integer."""
     if type(value) is int:
         return value
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool") or getattr(value, "ndim", 0):
+    if isinstance(value, bool) or _is_array_or_bool(value):
         return None
     try:
         return operator.index(value)
@@ -56,8 +61,8 @@ def number(name: str, value: Any, least: float, most: float, above: bool = False
     found: float | None
     try:
         found = value if type(value) is float else as_integer(value)
-        if found is None and not isinstance(value, str | bytes | bytearray | bool) and not getattr(value, "ndim", 0):
-            found = None if str(getattr(value, "dtype", "")).endswith("bool") else float(value)
+        if found is None and not isinstance(value, str | bytes | bytearray | bool) and not _is_array_or_bool(value):
+            found = float(value)
         found = None if found is None else float(found)
     except Exception:  # no number, or too large for a float
         found = None

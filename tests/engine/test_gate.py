@@ -15,7 +15,7 @@ from engine_runs import GREEDY, SPECS, run
 from random_decoder import engine, solo
 from specs import mixed_spec
 
-from depthprune_runtime import InputError, Runtime, SamplingParams
+from depthprune_runtime import InputError, Runtime, SamplingParams, cli
 from depthprune_runtime.engine import inputs, samplers
 from depthprune_runtime.engine.values import shown
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
@@ -300,3 +300,15 @@ def test_the_largest_window_is_none():
     request_id = e.add_request((1, 2, 3), GREEDY)
     assert isinstance(wide, DecoderSpec)
     assert run(e)[request_id][1].outputs[0].token_ids == solo(wide, (1, 2, 3), GREEDY)
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_one_line(pico_file, pico_runtime, capsys):
+    """The shell's $'\\xff' comes as a lone surrogate."""
+    for extra in ([], ["--chat"]):
+        assert cli.main(["generate", str(pico_file), "-p", "ab\udcff", *extra]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.count("\n") == 1
+        assert "expected Unicode text, got" in said.err
+    with pytest.raises(InputError, match="expected Unicode text, got NoneType"):
+        pico_runtime.tokenizer.encode(None)
