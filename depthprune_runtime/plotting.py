@@ -6,6 +6,7 @@ coloured by the distance from the dense model when it went, and carries its plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,21 @@ def _legend(axes: Any, merged: bool, ordered: bool) -> None:
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9)
 
 
-def plot_map(description: dict[str, Any], path: str | Path) -> None:
+def plot_map(
+    description: dict[str, Any], path: str | Path, overwrite: bool = False, sources: Sequence[Path] = ()
+) -> None:
     """Draw the map of a model described by `inspection.inspect` into `path`, .png or .svg.
 
-    Raises InputError without matplotlib, and for another kind of file.
+    overwrite: let `path` replace a file that is there, but never one of `sources`, the model's own. Raises InputError
+    without matplotlib, and for another kind of file.
     """
-    target = Path(path)
+    from depthprune_runtime.checkpoint.container import atomic_file
+    from depthprune_runtime.checkpoint.outputs import as_path, check_destination
+
+    target = as_path(path, "output")
     if target.suffix not in _SUFFIXES:
         raise InputError(f"output {target}: expected a name that ends in {' or '.join(_SUFFIXES)}")
-    if not target.parent.is_dir():
-        raise InputError(f"output {target}: its folder {target.parent} does not exist; create it first")
+    check_destination(target, sources, overwrite)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -142,4 +148,5 @@ def plot_map(description: dict[str, Any], path: str | Path) -> None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    figure.savefig(target, dpi=150)
+    with atomic_file(target, overwrite) as file:
+        figure.savefig(file, format=target.suffix[1:], dpi=150)

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "depthprune_runtime"
 # Room -> rooms it may import from, besides itself. Rooms are modules or folders of the package.
 MAY_IMPORT = {
     "__init__": set(),
+    "__main__": {"cli"},
     "errors": set(),
     "progress": set(),
     "spec": {"errors"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
         "pruning",
     },
     "inspection": {"spec", "checkpoint"},
-    "plotting": {"errors"},
+    "plotting": {"errors", "checkpoint"},
     "pruning": {
         "errors",
         "progress",

@@ -6,6 +6,7 @@ import abc
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +31,8 @@ class Checkpoint(abc.ABC):
     name: for messages; dtype: of all tensors that are not quantised; assets: file name -> contents (tokenizer,
     generation config); provenance: JSON object that says where the weights come from (source, format, family, blocks of
     the dense model); plan: JSON of the `PrunePlan` that made it, None for a dense model; quantization: weight name ->
-    how it is quantised, for those that are.
+    how it is quantised, for those that are; source_files: files and folders that its tensors are read from, which no
+    output may replace.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Checkpoint(abc.ABC):
     provenance: Mapping[str, Any]
     plan: Mapping[str, Any] | None = None
     quantization: Mapping[str, QuantSpec] = MappingProxyType({})
+    source_files: tuple[Path, ...] = ()
 
     @property
     @abc.abstractmethod

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,20 +61,6 @@ def checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def check_destination(path: Path, nbytes: int = 0) -> None:
-    """Refuse early, before a long job, an output path that cannot be written."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"output {path}: expected a regular file or a new name, got something else of that name")
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(f"output {path}: its folder {folder} does not exist; create it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"output {path}: its folder {folder} is not writable")
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise InputError(f"output {path}: needs {nbytes:,} bytes, its disk has {free:,} free")
-
-
 @contextlib.contextmanager
 def _nameless_file(folder: Path) -> Iterator[BinaryIO | None]:
     """A file without a name, which vanishes even under SIGKILL; None where the system has none."""
@@ -107,14 +92,31 @@ class PendingFile:
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def publish(self, path: Path) -> None:
-        """Give the file the name `path` in the same folder, in place of whatever has it."""
+    def publish(self, path: Path, overwrite: bool = True) -> None:
+        """Give the file the name `path` in the same folder; overwrite: in place of whatever has it by now.
+
+        Raises InputError if something has that name and must not be replaced.
+        """
         if self._nameless:
             self._temporary.unlink(missing_ok=True)
             descriptor = self.file.fileno()
             # a descriptor argument makes CPython call linkat, which follows the link; link would not
             os.link(f"/proc/self/fd/{descriptor}", self._temporary, src_dir_fd=descriptor, follow_symlinks=True)
-        self._temporary.replace(path)
+        if overwrite:
+            self._temporary.replace(path)
+            return
+        try:
+            os.link(self._temporary, path)  # unlike a renaming, it never replaces
+        except FileExistsError as error:
+            raise InputError(
+                f"output {path}: another process made it meanwhile; choose another name, or let it be replaced with "
+                "--force (overwrite=True)"
+            ) from error
+        except OSError:  # a file system without hard links
+            if path.exists():
+                raise InputError(f"output {path}: another process made it meanwhile; choose another name") from None
+            self._temporary.replace(path)
+        self._discard()
 
 
 @contextlib.contextmanager
@@ -133,13 +135,16 @@ def atomic_files(path: Path) -> Iterator[Callable[[str], PendingFile]]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the name `path` only when the body ends well; else nothing is left."""
+def atomic_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that takes the name `path` only when the body ends well; else nothing is left.
+
+    overwrite: in place of whatever has that name by then.
+    """
     with atomic_files(path) as make:
         pending = make(path.name)
         yield pending.file
         pending.complete()
-        pending.publish(path)
+        pending.publish(path, overwrite)
 
 
 def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:

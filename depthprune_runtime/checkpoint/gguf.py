@@ -33,6 +33,7 @@ class GGUFCheckpoint(Checkpoint):
 
         self.name = path.name
         self.path = path
+        self.source_files = (path,)
         try:
             self._reader = GGUFReader(path)
         except (ValueError, OSError, IndexError, KeyError) as error:

@@ -63,6 +63,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None, name: str | None = None) -> None:
         self.folder = folder
+        self.source_files = (folder,)
         self.name = name or folder.name or str(folder)
         config = self._config()
         try:

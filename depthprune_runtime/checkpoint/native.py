@@ -29,11 +29,11 @@ from depthprune_runtime.checkpoint.container import (
     PendingFile,
     TensorEntry,
     atomic_files,
-    check_destination,
     checksum,
     read_header,
     write_entries,
 )
+from depthprune_runtime.checkpoint.outputs import check_output
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import DecoderSpec
@@ -74,6 +74,7 @@ class NativeCheckpoint(Checkpoint):
         self._checksums: dict[str, str] = content["checksums"]
         self._weight_map: dict[str, str] = content.get("weight_map", {})
         headers = {path.name: header, **self._shard_headers(content.get("shards", {}))}
+        self.source_files = tuple(path.with_name(name) for name in headers)
         self._check_tensors(headers)
         self._files: dict[str, Any] = {}
         for name in headers:
@@ -262,18 +263,20 @@ def write_native(
     checkpoint: Checkpoint,
     on_tensor: Callable[[str], None] = lambda _: None,
     max_shard_size: int | str = shards.DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
 ) -> None:
     """Write any `checkpoint` (dense import or pruned view), streamed: as one file, or, where its weights take more
     than `max_shard_size` (bytes, or text such as `5GB`), as a head at `path` and shards beside it.
 
     Nothing has a name before all of it is written; the head takes its name last, so that whoever stops the
     process at any moment finds at `path` what was there before, or the whole new checkpoint. on_tensor: called
-    after each tensor of `Checkpoint.entries` and each asset.
+    after each tensor of `Checkpoint.entries` and each asset. overwrite: let `path` replace a file that is there; a
+    file that `checkpoint` is read from is never replaced.
     """
     limit = shards.parse_size(max_shard_size)
     writer = _Writer(path, checkpoint, on_tensor)
     groups = [stored.aligned(group) for group in shards.split(writer.weights, limit)]
-    check_destination(path, sum(e.nbytes for e in writer.weights))
+    check_output(path, checkpoint.source_files, overwrite, sum(e.nbytes for e in writer.weights))
     with atomic_files(path) as make:
         written: dict[str, PendingFile] = {}
         checksums: dict[str, str] = {}
@@ -294,6 +297,6 @@ def write_native(
             try:
                 for name, pending in written.items():
                     pending.publish(path.with_name(name))
-                head.publish(path)
+                head.publish(path, overwrite)
             finally:
                 shards.remove_stale(path)

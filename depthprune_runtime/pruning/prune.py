@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint, write_native
-from depthprune_runtime.checkpoint.container import check_destination
+from depthprune_runtime.checkpoint.outputs import as_path, check_destination, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
@@ -21,6 +21,7 @@ from depthprune_runtime.pruning.finercut import Goal, plan_finercut, removable_s
 from depthprune_runtime.pruning.flattengpt import check_merges, plan_flattengpt
 from depthprune_runtime.pruning.names import REPAIRS, Method, Repair
 from depthprune_runtime.pruning.options import (
+    REPAIR_WINDOWS,
     FinerCutOptions,
     FlattenGPTOptions,
     MethodOptions,
@@ -32,9 +33,9 @@ from depthprune_runtime.pruning.options import (
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 from depthprune_runtime.pruning.shortgpt import block_pairs, plan_shortgpt
-from depthprune_runtime.pruning.surgery import PrunedCheckpoint
+from depthprune_runtime.pruning.surgery import PrunedCheckpoint, require_dense
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
-from depthprune_runtime.texts import load_text
+from depthprune_runtime.texts import known_ids, load_text, text_file
 from depthprune_runtime.tokenizer import Tokenizer
 
 # Calibration windows that a method decides from: (samples, seq_len), as in the papers' code.
@@ -119,32 +120,66 @@ class Calibrator:
     """Draws calibration windows of one text for several purposes; samples, seq_len override their defaults."""
 
     def __init__(self, checkpoint: Checkpoint, text: str, samples: int | None, seq_len: int | None, seed: int) -> None:
+        self._context = checkpoint.spec.max_position_embeddings
+        self._samples = _check_count("samples", samples)
+        self._seq_len = self._check_seq_len(seq_len)
+        self._seed = _check_seed(seed)
         contents = load_text(text)
         tokenizer = Tokenizer(checkpoint)
         self._name = text if "/" not in text else Path(text).name
         self._text = contents
         # windows are cut from the middle of the text, so no BOS: only the first would have one
-        self._ids = tokenizer.encode(contents, add_special_tokens=False)
-        self._samples, self._seq_len, self._seed = samples, seq_len, seed
-        self._context = checkpoint.spec.max_position_embeddings
+        ids = tokenizer.encode(contents, add_special_tokens=False)
+        self._ids = known_ids(ids, checkpoint.spec.vocab_size, checkpoint.name)
 
-    def windows(self, samples: int, seq_len: int, at_most: bool = False) -> CalibrationSet:
-        """`samples` windows of `seq_len` tokens unless the caller chose other numbers; at_most: fewer (but at least
-        an eighth) if the text has no more."""
-        if self._seq_len is not None and self._seq_len > self._context:
-            raise InputError(f"seq_len: expected at most the model's context of {self._context}, got {self._seq_len}")
-        samples = samples if self._samples is None else self._samples
-        seq_len = min(seq_len, self._context) if self._seq_len is None else self._seq_len
-        if at_most and self._samples is None:
+    def _check_seq_len(self, seq_len: int | None) -> int | None:
+        if (_check_count("seq_len", seq_len) or 0) > self._context:
+            raise InputError(f"seq_len: expected at most the model's context of {self._context}, got {seq_len}")
+        return seq_len
+
+    def windows(
+        self,
+        samples: int,
+        seq_len: int,
+        at_most: bool = False,
+        own: tuple[int | None, int | None] = (None, None),
+    ) -> CalibrationSet:
+        """`samples` windows of `seq_len` tokens unless the caller chose other numbers.
+
+        Args:
+            samples, seq_len: what suits the purpose.
+            at_most: fewer windows (but at least an eighth) if the text has no more, unless the caller chose a number.
+            own: samples and seq_len that the caller chose for this purpose alone; they go before those for all.
+        """
+        chosen = self._samples if own[0] is None else _check_count("samples", own[0])
+        length = self._seq_len if own[1] is None else self._check_seq_len(own[1])
+        seq_len = min(seq_len, self._context) if length is None else length
+        if chosen is not None:
+            samples = chosen
+        elif at_most:
             samples = max(min(samples, len(self._ids) // seq_len), math.ceil(samples / 8))
         return calibration_set(self._name, self._text, lambda _: self._ids, samples, seq_len, self._seed)
 
 
-def write(checkpoint: Checkpoint, output: Path, progress: Progress, max_shard_size: int | str) -> None:
-    """Write `checkpoint` with a bar."""
+def _check_count(name: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"{name}: expected at least 1, got {value!r}")
+    return value
+
+
+def _check_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise InputError(f"seed: expected an integer from 0 to below 2^63, got {seed!r}")
+    return seed
+
+
+def write(
+    checkpoint: Checkpoint, output: Path, progress: Progress, max_shard_size: int | str, overwrite: bool = False
+) -> None:
+    """Write `checkpoint` with a bar; see `write_native`."""
     total = sum(map(len, checkpoint.entries().values())) + len(checkpoint.assets)
     with progress.stage(f"write {output.name}", total) as advance:
-        write_native(output, checkpoint, lambda _: advance(), max_shard_size)
+        write_native(output, checkpoint, lambda _: advance(), max_shard_size, overwrite)
 
 
 def prune(
@@ -163,6 +198,7 @@ def prune(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneResult:
@@ -173,11 +209,12 @@ def prune(
     embeddings included); repair: `ridge` (default), `none`, or RepairOptions; calibration: a named text
     (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn by `seed`, `samples` of `seq_len` tokens
     (default: what suits the method, and the repair); dtype: of the output, default the source's; max_shard_size:
-    bytes, or text such as `5GB`, above which the weights go to several files beside `output`; options: of the method,
-    see `options`. Raises InputError before any long work where that is possible, and leaves no partial file.
+    bytes, or text such as `5GB`, above which the weights go to several files beside `output`; overwrite: let `output`
+    replace a file that is there, but never one of the model's own; options: of the method, see `options`. Raises
+    InputError before any long work where that is possible, and leaves no partial file.
     """
     progress = progress or Progress()
-    path = Path(output)
+    path = as_path(output, "output")
     max_shard_size = parse_size(max_shard_size)
     request = Request(blocks, sublayers, sparsity)
     request.check(method)
@@ -186,17 +223,23 @@ def prune(
     chosen = resolved(own, mending is not None)
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
+    require_dense(parent)
     _check_request(request, parent.spec, chosen)
-    check_destination(path)
+    sources = (*parent.source_files, *text_file(calibration))
+    check_output(path, sources, overwrite)
+    state = getattr(chosen, "state_file", None)
+    if state is not None:
+        check_destination(as_path(state, "state_file"), (*sources, path), overwrite=True)
     calibrator = Calibrator(parent, calibration, samples, seq_len, seed)
     after_repair = "after-repair" in (getattr(chosen, "score", None), getattr(chosen, "grouping", None))
     data = calibrator.windows(*(_AFTER_REPAIR_WINDOWS if after_repair else _SCORING_WINDOWS[method]))
+    mending_data = _mending_windows(calibrator, chosen, mending)
     with progress.stage("read weights", len(parent.spec.tensor_shapes())) as advance:
         digest = parent.digest(lambda _: advance())
     with torch.inference_mode():
         plan = _decide(parent, request, chosen, data, target, digest, progress)
-        pruned, plan = _rebuild(parent, plan, chosen, mending, calibrator, target, progress)
-    write(pruned, path, progress, max_shard_size)
+        pruned, plan = _rebuild(parent, plan, chosen, mending, mending_data, target, progress)
+    write(pruned, path, progress, max_shard_size, overwrite)
     return PruneResult(path, parent.spec, pruned.spec, plan)
 
 
@@ -206,6 +249,16 @@ def _repair_options(repair: Repair | RepairOptions, method: Method) -> RepairOpt
     if repair not in REPAIRS:
         raise InputError(f"repair: expected one of {', '.join(REPAIRS)}, got {repair!r}")
     return RepairOptions().suited(method) if repair == "ridge" else None
+
+
+def _mending_windows(
+    calibrator: Calibrator, options: MethodOptions, mending: RepairOptions | None
+) -> CalibrationSet | None:
+    """Windows of the walk that narrows and repairs, drawn before any long work; None where there is no such walk."""
+    if mending is None and not isinstance(options, FlattenGPTOptions):
+        return None
+    own = (None, None) if mending is None else (mending.samples, mending.seq_len)
+    return calibrator.windows(*REPAIR_WINDOWS, at_most=True, own=own)
 
 
 def _check_request(request: Request, spec: DecoderSpec, options: MethodOptions) -> None:
@@ -280,7 +333,7 @@ def _rebuild(
     plan: PrunePlan,
     options: MethodOptions,
     mending: RepairOptions | None,
-    calibrator: Calibrator,
+    data: CalibrationSet | None,
     device: torch.device,
     progress: Progress,
 ) -> tuple[PrunedCheckpoint, PrunePlan]:
@@ -290,9 +343,9 @@ def _rebuild(
         narrowing = Narrowing(kept_units(parent.spec, plan, options.keep_width), options)
     if not plan.edits or (mending is None and (narrowing is None or not narrowing.units)):
         return PrunedCheckpoint(parent, plan), plan
-    size = mending or RepairOptions()
-    data = calibrator.windows(size.samples, size.seq_len, at_most=True)
-    repaired = {"repair": None if mending is None else {**asdict(mending), "calibration": data.description}}
+    assert data is not None
+    size = {name: data.description[name] for name in ("samples", "seq_len")}
+    repaired = {"repair": None if mending is None else {**asdict(mending), **size, "calibration": data.description}}
     plan = replace(plan, settings={**plan.settings, **repaired})
     rebuild = Rebuild(parent, plan, narrowing, mending, device)
     walk = rebuild.walk(data.windows)
@@ -306,12 +359,13 @@ def import_model(
     *,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DecoderSpec:
-    """Write dense `model` unchanged as one self-contained file of our own."""
-    path = Path(output)
+    """Write dense `model` unchanged as one self-contained file of our own; overwrite: as in `prune`."""
+    path = as_path(output, "output")
     max_shard_size = parse_size(max_shard_size)
-    check_destination(path)
     checkpoint = open_checkpoint(model, resolve_dtype(dtype))
-    write(checkpoint, path, progress or Progress(), max_shard_size)
+    check_output(path, checkpoint.source_files, overwrite)
+    write(checkpoint, path, progress or Progress(), max_shard_size, overwrite)
     return checkpoint.spec

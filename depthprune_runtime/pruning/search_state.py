@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.checkpoint.container import atomic_file, check_destination
+from depthprune_runtime.checkpoint.container import atomic_file
+from depthprune_runtime.checkpoint.outputs import check_destination
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.spec import from_fields
 
@@ -70,7 +71,7 @@ def load_state(path: Path | None, key: SearchKey) -> SearchState:
     """The state at `path`, or a new one where there is none; a damaged file or another search's is refused."""
     if path is None:
         return SearchState(key)
-    check_destination(path)
+    check_destination(path, overwrite=True)
     if not path.exists():
         return SearchState(key)
     hint = "delete it or choose another file"

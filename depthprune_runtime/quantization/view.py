@@ -28,6 +28,7 @@ class QuantizedCheckpoint(Checkpoint):
         self.spec = parent.spec
         self.dtype = parent.dtype
         self.plan = parent.plan
+        self.source_files = parent.source_files
         self.provenance = {**parent.provenance, "quantization": dict(settings)}
         self.pieces = tuple(Piece((i,)) for i in range(len(parent.spec.sublayers)))  # what the walk asks of a student
         self._parent = parent
