@@ -25,6 +25,7 @@ _METHOD_OPTIONS = {
     "distance": "distance",
     "front_protection": "front_protection",
     "fast": "fast",
+    "only": "only",
     "state": "state_file",
     "grouping": "grouping",
     "selection": "selection",
@@ -90,7 +91,7 @@ def _prune_other(args: argparse.Namespace) -> None:
         sparsity=args.sparsity,
         calibration=lambda encode: calibration_set(name, text, encode, samples, seq_len, args.seed),
         score="block-influence" if args.score in (None, "auto") else args.score,
-        protect_last=args.protect_last is not False,
+        protect_last=args.protect_last,
         device=args.device,
         dtype=args.dtype,
         progress=progress(args),
@@ -203,16 +204,31 @@ def add_prune(commands: Any, common: Parser) -> None:
 
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
-    from depthprune_runtime.pruning.names import ANSWERS, DISTANCES, GROUPINGS, SCOPES, SCORES, SELECTIONS, WEIGHTINGS
+    from depthprune_runtime.pruning.names import (
+        ANSWERS,
+        DISTANCES,
+        GROUPINGS,
+        KINDS,
+        SCOPES,
+        SCORES,
+        SELECTIONS,
+        WEIGHTINGS,
+    )
 
     yes_or_no = argparse.BooleanOptionalAction
     g = p.add_argument_group("shortgpt")
     g.add_argument("--score", choices=SCORES, help="how blocks are chosen; auto: after-repair if a repair follows")
-    g.add_argument("--protect-last", action=yes_or_no, default=None, help="never drop the last block (default on)")
+    g.add_argument(
+        "--protect-last",
+        action=yes_or_no,
+        default=None,
+        help="never drop the last block (default: as suits the score)",
+    )
     g = p.add_argument_group("finercut")
     g.add_argument("--distance", choices=DISTANCES, help=f"between dense and pruned outputs (default {DISTANCES[0]})")
     g.add_argument("--front-protection", type=float, metavar="P", help="share of the front that goes last (0.4)")
     g.add_argument("--fast", action="store_true", default=None, help="re-score only the most promising candidates")
+    g.add_argument("--only", choices=KINDS, help="drop sub-layers of this kind only")
     g.add_argument("--state", metavar="FILE", help="save the search here after every step, and resume it from here")
     g = p.add_argument_group("flattengpt")
     g.add_argument("--grouping", choices=GROUPINGS, help="which blocks merge; auto: after-repair if a repair follows")

@@ -137,11 +137,15 @@ def inner_product(left: Tensor, right: Tensor) -> float:  # [M, N] twice
     return total
 
 
+def ridge(gram: Tensor, lam: float) -> float:  # [N, N]
+    """lam times the mean of the diagonal, which of a Gram matrix is the mean singular value."""
+    return lam * float(gram.diagonal().double().mean()) + _TINY
+
+
 def add_ridge_(system: Tensor, lam: float) -> float:  # [N, N]
     """system += lam mean(diag system) I, in place; returns what was added to the diagonal."""
-    diagonal = system.diagonal()
-    absolute = lam * float(diagonal.double().mean()) + _TINY
-    diagonal.add_(absolute)
+    absolute = ridge(system, lam)
+    system.diagonal().add_(absolute)
     return absolute
 
 

@@ -3,10 +3,13 @@
 Z are the inner activations of the wide student over T tokens, G = Z' Z / T. Everything follows from G:
 
 - KV groups: f_g = sqrt(E_t |z_t,g * colnorm(W_O,g)|^2) = sqrt(sum over the group's columns c of G_cc |W_O[:, c]|^2).
-- channels: ridge leverage s_i = [G (G + lam I)^-1]_ii = 1 - lam [(G + lam I)^-1]_ii, with lam relative to the
-  mean of G's diagonal. (The paper's printed `[C(C + lam I)]^-1_ii` is a typo: it ranks nearly backwards.)
+- channels: ridge leverage s_i = [G (G + lam I)^-1]_ii = 1 - lam [(G + lam I)^-1]_ii. (The paper's
+  printed `[C(C + lam I)]^-1_ii` is a typo: it ranks nearly backwards.)
 - compensation of the output projection, ridge toward the kept columns:
   W = (S'GS + lam I)^-1 (S'G W_D + lam S'W_D), S = the kept units.
+
+One lam serves scores and compensation: the paper's is 10 times the mean singular value of the whole G, which is
+trace(G) / width. The options give the factor.
 
 Source: arXiv 2602.08858; the reductions over groups are ours (methods that the paper leaves open).
 """
@@ -46,10 +49,14 @@ def choose_units(gram: Tensor, weight: Tensor, spec: SublayerSpec, count: int, l
 
 
 def compensated(gram: Tensor, weight: Tensor, columns: Tensor, lam: float) -> Tensor:  # [F, F], [C, F], [k] -> [C, k]
-    """Output projection over the kept `columns` that best replaces the whole one, float64."""
+    """Output projection over the kept `columns` that best replaces the whole one, float64.
+
+    lam: ridge relative to the mean of the whole Gram diagonal, as that of the scores.
+    """
     wide = weight.double()
     system = linalg.gather_symmetric(gram, columns)
     right = linalg.multiply(gram, wide.T, columns)  # S'G W_D
-    absolute = linalg.add_ridge_(system, lam)
+    absolute = linalg.ridge(gram, lam)
+    system.diagonal().add_(absolute)
     right.add_(wide[:, columns].T, alpha=absolute)
     return linalg.cholesky_solve_(linalg.cholesky_(system), right).T

@@ -11,6 +11,8 @@ from depthprune_runtime.pruning.names import (
     ANSWERS,
     DISTANCES,
     GROUPINGS,
+    KINDS,
+    PROTECTED_SCORES,
     SCOPES,
     SCORES,
     SELECTIONS,
@@ -18,6 +20,7 @@ from depthprune_runtime.pruning.names import (
     Answers,
     Distance,
     Grouping,
+    Kind,
     Scope,
     Score,
     Selection,
@@ -38,31 +41,44 @@ def _number(name: str, value: object, low: float, high: float = math.inf) -> Non
         raise InputError(f"{name}: expected a number from {low} to {high}, got {value!r}")
 
 
+def _flags(options: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(value := getattr(options, name), bool):
+            raise InputError(f"{name}: expected True or False, got {value!r}")
+
+
 @dataclass(frozen=True)
 class ShortGPTOptions:
     """score: how blocks are chosen, `auto`: after-repair if a repair follows, else the paper's block-influence;
-    protect_last: never drop the last block."""
+    protect_last: never drop the last block; None: only with the scores of `names.PROTECTED_SCORES`, as in the paper."""
 
     score: Score = "auto"
-    protect_last: bool = True
+    protect_last: bool | None = None
 
     def __post_init__(self) -> None:
         _choice("score", self.score, SCORES)
+        if self.protect_last is not None:
+            _flags(self, "protect_last")
 
 
 @dataclass(frozen=True)
 class FinerCutOptions:
     """distance: between dense and pruned outputs; front_protection: share of the front that goes last; fast: lazy
-    re-scoring; state_file: where the search is saved after every step, to be resumed from."""
+    re-scoring; only: the one kind of sub-layers that may go, None: both; state_file: where the search is saved after
+    every step, to be resumed from."""
 
     distance: Distance = "js_reverse"
     front_protection: float = 0.4
     fast: bool = False
+    only: Kind | None = None
     state_file: str | None = None
 
     def __post_init__(self) -> None:
         _choice("distance", self.distance, DISTANCES)
+        _flags(self, "fast")
         _number("front_protection", self.front_protection, 0.0, 1.0)
+        if self.only is not None:
+            _choice("only", self.only, KINDS)
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,7 @@ class FlattenGPTOptions:
     def __post_init__(self) -> None:
         _choice("grouping", self.grouping, GROUPINGS)
         _choice("selection", self.selection, SELECTIONS)
+        _flags(self, "pairs_only", "compensate")
         _number("keep_width", self.keep_width, 0.0, 1.0)
         _number("leverage_lam", self.leverage_lam, 1e-9)
 
@@ -132,7 +149,7 @@ METHOD_OPTIONS: dict[str, type[ShortGPTOptions] | type[FinerCutOptions] | type[F
 
 
 def resolved(options: MethodOptions, repair: bool) -> MethodOptions:
-    """`options` with every `auto` decided. Raises InputError for a choice that only a repair makes sense of."""
+    """`options` with all that is open decided. Raises InputError for a choice that only a repair makes sense of."""
     choice: dict[str, Any] = {
         "score": "after-repair" if repair else "block-influence",
         "grouping": "after-repair" if repair else "similarity",
@@ -141,7 +158,10 @@ def resolved(options: MethodOptions, repair: bool) -> MethodOptions:
     found = {name: value for name, value in choice.items() if getattr(options, name, None) == "auto"}
     if not repair and getattr(options, "selection", None) == "after-repair":
         raise InputError("selection: after-repair needs a repair; give repair ridge, or selection importance")
-    return replace(options, **found)
+    options = replace(options, **found)
+    if isinstance(options, ShortGPTOptions) and options.protect_last is None:
+        return replace(options, protect_last=options.score in PROTECTED_SCORES)
+    return options
 
 
 def method_options(method: str, values: dict[str, Any]) -> MethodOptions:

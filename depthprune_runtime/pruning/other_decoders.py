@@ -18,7 +18,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.calibration import CalibrationSet
-from depthprune_runtime.pruning.names import RANKINGS, Score
+from depthprune_runtime.pruning.names import PROTECTED_SCORES, RANKINGS, Score
 from depthprune_runtime.pruning.other_blocks import (
     OTHER_FAMILIES,
     batches,
@@ -135,7 +135,7 @@ def prune_other(
     sparsity: float | None = None,
     calibration: Calibration,
     score: Score = "block-influence",
-    protect_last: bool = True,
+    protect_last: bool | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     progress: Progress | None = None,
@@ -145,10 +145,11 @@ def prune_other(
     model_folder: a dense Hugging Face model; output_folder: new or empty; blocks: how many to drop, or
     sparsity: least share of parameters to remove, embeddings included; calibration: windows [N, S] int64,
     or a function that makes a `CalibrationSet` from the model's `encode` (text -> ids, no special tokens);
-    it is not called for scores that need no data. dtype: to compute in and of the output, default the
-    source's. The model must fit in memory. Raises InputError before any long work where that is possible,
-    and leaves no partial folder.
+    it is not called for scores that need no data. protect_last: see `shortgpt.plan_shortgpt`. dtype: to
+    compute in and of the output, default the source's. The model must fit in memory. Raises InputError before
+    any long work where that is possible, and leaves no partial folder.
     """
+    protect_last = score in PROTECTED_SCORES if protect_last is None else protect_last
     source, path, bars = Path(model_folder), Path(output_folder), progress or Progress()
     target, wanted = resolve_device(device), resolve_dtype(dtype)
     config = read_config(source)

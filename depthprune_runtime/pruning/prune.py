@@ -17,7 +17,7 @@ from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.after_repair import dropped_blocks, equal_errors, plan_after_repair
 from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set
-from depthprune_runtime.pruning.finercut import Goal, plan_finercut, removable_sublayers
+from depthprune_runtime.pruning.finercut import plan_finercut
 from depthprune_runtime.pruning.flattengpt import check_merges, plan_flattengpt
 from depthprune_runtime.pruning.names import REPAIRS, Method, Repair
 from depthprune_runtime.pruning.options import (
@@ -33,6 +33,7 @@ from depthprune_runtime.pruning.options import (
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 from depthprune_runtime.pruning.shortgpt import block_pairs, plan_shortgpt
+from depthprune_runtime.pruning.sublayer_goal import Goal, removable_sublayers
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint, require_dense
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 from depthprune_runtime.texts import known_ids, load_text, text_file
@@ -264,14 +265,14 @@ def _mending_windows(
 def _check_request(request: Request, spec: DecoderSpec, options: MethodOptions) -> None:
     """Refuse impossible amounts before any long work."""
     if isinstance(options, FinerCutOptions):
-        request.goal(spec).most_steps(spec, removable_sublayers(spec, options.front_protection))
+        request.goal(spec).most_steps(spec, removable_sublayers(spec, options.front_protection, options.only))
     elif isinstance(options, FlattenGPTOptions):
         check_merges(len(block_pairs(spec)), request.block_count(spec, 1.0 - options.keep_width), options)
     else:
         blocks = request.block_count(spec)
         if options.score == "after-repair":
             count = len(block_pairs(spec))
-            dropped_blocks(equal_errors(count), count, blocks, options.protect_last)
+            dropped_blocks(equal_errors(count), count, blocks, bool(options.protect_last))
 
 
 def _decide(
@@ -293,18 +294,19 @@ def _decide(
             data,
             device,
             parent.dtype,
-            options.distance,
-            options.front_protection,
-            "fast" if options.fast else "exact",
-            state,
-            digest,
-            progress,
+            distance=options.distance,
+            front_protection=options.front_protection,
+            mode="fast" if options.fast else "exact",
+            only=options.only,
+            state_file=state,
+            parent_digest=digest,
+            progress=progress,
         )
     with progress.stage("score blocks", len(block_pairs(parent.spec))) as advance:
         if isinstance(options, ShortGPTOptions):
             count = request.block_count(parent.spec)
             if options.score == "after-repair":
-                return plan_after_repair(parent, count, data, device, options.protect_last, digest, advance)
+                return plan_after_repair(parent, count, data, device, bool(options.protect_last), digest, advance)
             return plan_shortgpt(
                 parent, count, data, device, parent.dtype, options.score, options.protect_last, digest, advance
             )

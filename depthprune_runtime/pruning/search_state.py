@@ -14,12 +14,16 @@ from typing import Any
 from depthprune_runtime.checkpoint.container import atomic_file
 from depthprune_runtime.checkpoint.outputs import check_destination
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.pruning.names import Kind
 from depthprune_runtime.spec import from_fields
 
 
 @dataclass(frozen=True)
 class SearchKey:
-    """What decides a search: model, tokens, options, and the dtype that it computes in."""
+    """What decides a search: model, tokens, options, and the dtype that it computes in.
+
+    version: of the rules; a search of an older one would go on with another ranking.
+    """
 
     parent_digest: str
     windows_sha256: str
@@ -27,8 +31,9 @@ class SearchKey:
     front_protection: float
     mode: str
     dtype: str
+    only: Kind | None = None
     method: str = "finercut"
-    version: int = 1
+    version: int = 2
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 No re-scoring after a drop, no compensation. The last block's influence is measured before the final
 norm; the official script measures it after, which inflates it and so never drops that block. Here
-`protect_last` says it openly.
+`protect_last` says it openly. The paper's other orders (`relative-magnitude`, `sequential`, `reverse`) protect
+nothing: `reverse` drops the last block first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.functional import cosine_similarity
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning.calibration import CalibrationSet, stream_hidden_states
-from depthprune_runtime.pruning.names import RANKINGS, Score
+from depthprune_runtime.pruning.names import PROTECTED_SCORES, RANKINGS, Score
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.spec import DecoderSpec
 
@@ -95,13 +96,18 @@ def plan_shortgpt(
     device: torch.device,
     dtype: torch.dtype,
     score: Score = "block-influence",
-    protect_last: bool = True,
+    protect_last: bool | None = None,
     parent_digest: str = "",
     progress: Progress = lambda: None,
 ) -> PrunePlan:
-    """Drop the `blocks` blocks with the lowest score. (`after-repair` is `after_repair.plan_after_repair`.)"""
+    """Drop the `blocks` blocks with the lowest score. (`after-repair` is `after_repair.plan_after_repair`.)
+
+    protect_last: never drop the last block; None: only with `block-influence`.
+    """
     if score not in RANKINGS:
         raise InputError(f"score: expected one of {', '.join(RANKINGS)}, got {score!r}")
+    if protect_last is None:
+        protect_last = score in PROTECTED_SCORES
     pairs = block_pairs(checkpoint.spec)
     removable = len(pairs) - int(protect_last)
     if not 0 <= blocks <= removable or blocks >= len(pairs):

@@ -13,12 +13,14 @@ from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.pruning import candidates as candidates_module
 from depthprune_runtime.pruning import finercut
+from depthprune_runtime.pruning import lazy_scores as lazy_module
 from depthprune_runtime.pruning.calibration import CalibrationSet
 from depthprune_runtime.pruning.candidates import CandidateScorer
 from depthprune_runtime.pruning.distances import OutputDistance
-from depthprune_runtime.pruning.finercut import Goal, plan_finercut, removable_sublayers, search
+from depthprune_runtime.pruning.finercut import plan_finercut, search
 from depthprune_runtime.pruning.names import DISTANCES
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
+from depthprune_runtime.pruning.sublayer_goal import Goal, candidates, removable_sublayers
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 
 CPU = torch.device("cpu")
@@ -33,19 +35,24 @@ def order(ranking):
     return [s.sublayer for s in ranking.steps]
 
 
-def plain_loop(path, count, distance, front_protection):
+# Worked out by hand from the official int(N x / 2) + 1 and int(x N) + 1, N = 2L:
+# (blocks of the model, x) -> (first blocks that are no candidates, sub-layers that must be gone before they are)
+FRONTS = {(6, 0.4): (3, 5), (16, 0.4): (7, 13), (30, 0.4): (13, 25), (32, 0.4): (13, 26), (6, 0.0): (1, 1)}
+
+
+def plain_loop(path, count, distance, front_protection, only=None):
     """(ranking, distances, sub-layer evaluations) as the official script goes about it."""
     dense = open_checkpoint(path)
     total = len(dense.spec.sublayers)
+    blocks_kept, until = FRONTS[total // 2, front_protection]
     runtime = Runtime(dense, CPU, torch.float32)
     measure = OutputDistance(distance, WINDOWS, runtime.logits(WINDOWS).flatten(0, 1), lambda logits: logits)
     gone, values, evaluations = [], [], 0
     for _ in range(count):
         scores = {}
         for i in range(total):
-            block = i // 2
-            protected = block < int(front_protection * total / 2) and len(gone) < int(front_protection * total) + 1
-            if i in gone or protected:
+            protected = i // 2 < blocks_kept and len(gone) < until
+            if i in gone or protected or (only == "attention" and i % 2 == 1) or (only == "ffn" and i % 2 == 0):
                 continue
             pruned = PrunedCheckpoint(dense, PrunePlan("test", "", tuple(Drop(j) for j in [*gone, i])))
             logits = Runtime(pruned, CPU, torch.float32).logits(WINDOWS)
@@ -59,7 +66,7 @@ def plain_loop(path, count, distance, front_protection):
 
 @pytest.mark.parametrize(
     ("distance", "front_protection", "count"),
-    [(d, 0.4, 4) for d in DISTANCES] + [("js_reverse", 0.4, 11), ("angular", 0.0, 6)],
+    [(d, 0.4, 3) for d in DISTANCES] + [("js_reverse", 0.4, 11), ("angular", 0.0, 6)],
 )
 def test_the_exact_ranking_is_the_plain_loops(pico_file, distance, front_protection, count):
     ranking = run(pico_file, count, distance=distance, front_protection=front_protection)
@@ -78,11 +85,42 @@ def deep_file(tmp_path_factory):
     return pico.save(model, tmp_path_factory.mktemp("deep"))
 
 
+def test_the_exact_ranking_is_the_plain_loops_until_the_front_is_free(deep_file):
+    """16 blocks: from the fourteenth removal on, the first seven are candidates too."""
+    ranking = run(deep_file, 15)
+    expected, _, evaluations = plain_loop(deep_file, 15, "js_reverse", 0.4)
+    assert order(ranking) == expected
+    assert ranking.plain_evaluations == evaluations
+    assert min(expected[:13]) >= 14
+
+
+def test_the_exact_ranking_of_thirty_blocks_is_the_plain_loops(tmp_path):
+    """As deep as SmolLM2-135M."""
+    model = pico.build_model("llama", num_hidden_layers=30, initializer_range=0.05)
+    path = pico.save(model, tmp_path)
+    ranking = run(path, 2)
+    expected, _, evaluations = plain_loop(path, 2, "js_reverse", 0.4)
+    assert order(ranking) == expected
+    assert ranking.plain_evaluations == evaluations == 34 * 59 + 33 * 58
+
+
+@pytest.mark.parametrize("only", ["attention", "ffn"])
+@pytest.mark.parametrize(("front_protection", "most"), [(0.0, 6), (0.4, 3)])
+def test_only_one_kind_goes_if_so_asked(pico_file, only, front_protection, most):
+    """At 0.4 three blocks are free, and five sub-layers would have to go before the others are."""
+    ranking = run(pico_file, most, only=only, front_protection=front_protection)
+    expected, _, _ = plain_loop(pico_file, most, "js_reverse", front_protection, only)
+    assert order(ranking) == expected
+    assert {s.kind for s in ranking.steps} == {only}
+    with pytest.raises(InputError, match=f"sublayers: expected 0 to {most} of 12, got {most + 1}"):
+        run(pico_file, most + 1, only=only, front_protection=front_protection)
+
+
 @pytest.mark.parametrize("front_protection", [0.0, 0.4])
 def test_the_exact_search_costs_about_half_of_the_plain_loop(deep_file, front_protection):
     ranking = run(deep_file, 8, front_protection=front_protection)
     assert ranking.evaluations <= 0.55 * ranking.plain_evaluations
-    counted = sum(len(finercut.candidates(32, order(ranking)[:k], front_protection)) * (31 - k) for k in range(8))
+    counted = sum(len(candidates(32, order(ranking)[:k], front_protection)) * (31 - k) for k in range(8))
     assert ranking.plain_evaluations == counted
 
 
@@ -105,14 +143,14 @@ def test_the_fast_search_is_cheap_and_near(deep_file):
 
 def test_fast_equals_exact_where_every_candidate_may_be_rescored(pico_file, monkeypatch):
     """With estimates that promise nothing (-inf), the lazy order must find what the full one finds."""
-    monkeypatch.setattr(finercut, "_FAST_SHARE", 1.0)
-    scores = finercut._fast_scores
+    monkeypatch.setattr(lazy_module, "_SHARE", 1.0)
+    scores = finercut.lazy_scores
 
     def without_memory(scorer, state, allowed, base):
         state.increments.update(dict.fromkeys(state.increments, float("-inf")))
         return scores(scorer, state, allowed, base)
 
-    monkeypatch.setattr(finercut, "_fast_scores", without_memory)
+    monkeypatch.setattr(finercut, "lazy_scores", without_memory)
     assert order(run(pico_file, 5, mode="fast")) == order(run(pico_file, 5))
 
 
@@ -181,6 +219,8 @@ def test_the_state_of_another_search_is_refused_and_kept(pico_file, tmp_path):
         run(pico_file, 1, state_file=state, distance="kl")
     with pytest.raises(InputError, match=r"expected front_protection 0\.2, mode fast; got"):
         run(pico_file, 1, state_file=state, front_protection=0.2, mode="fast")
+    with pytest.raises(InputError, match="expected only attention; got only None"):
+        run(pico_file, 1, state_file=state, only="attention")
     with pytest.raises(InputError, match="parent_digest"):
         run(pico_file, 1, state_file=state, parent_digest="another")
     with pytest.raises(InputError, match="windows_sha256"):
@@ -205,15 +245,31 @@ def test_a_sparsity_is_reached_by_the_fewest_steps_of_the_ranking(pico_file):
             assert order(search(open_checkpoint(pico_file), WINDOWS, CPU, torch.float32, goal)) == long[:expected]
 
 
-def test_front_protection_follows_the_official_rule():
-    assert finercut.candidates(12, [], 0.4) == list(range(4, 12))  # int(0.4 * 12 / 2) = 2 blocks
-    assert finercut.candidates(12, [5, 6, 7, 8], 0.4) == [4, 9, 10, 11]  # int(0.4 * 12) + 1 = 5 must be gone
-    assert finercut.candidates(12, [5, 6, 7, 8, 9], 0.4) == [0, 1, 2, 3, 4, 10, 11]
-    assert finercut.candidates(12, [], 0.0) == list(range(12))
-    assert finercut.candidates(4, [0, 1, 3], 0.0) == []  # one sub-layer stays
+@pytest.mark.parametrize(("blocks", "front_protection"), FRONTS)
+def test_front_protection_follows_the_official_rule(blocks, front_protection):
+    total = 2 * blocks
+    kept, until = FRONTS[blocks, front_protection]
+    behind = list(range(2 * kept, total))
+    gone = behind[:until]
+    assert candidates(total, [], front_protection) == behind
+    assert candidates(total, gone[:-1], front_protection) == behind[until - 1 :]
+    assert candidates(total, gone, front_protection) == [i for i in range(total) if i not in gone]
 
 
-@pytest.mark.parametrize(("front_protection", "most"), [(0.0, 11), (0.4, 11), (0.5, 6), (0.9, 2), (1.0, 0)])
+def test_one_sublayer_stays():
+    assert candidates(4, [0, 1, 3], 0.0) == []
+    assert candidates(4, [0, 1], 0.0, "ffn") == [3]
+
+
+def test_llama_3_8b_has_the_candidates_of_the_paper():
+    """32 blocks, 16 removals: 38 candidates at first, 488 evaluations in all."""
+    first = candidates(64, [], 0.4)
+    assert first == list(range(26, 64))
+    assert sum(len(candidates(64, first[:gone], 0.4)) for gone in range(16)) == 488
+    assert len(candidates(64, [], 0.4, "attention")) == len(candidates(64, [], 0.4, "ffn")) == 19
+
+
+@pytest.mark.parametrize(("front_protection", "most"), [(0.0, 11), (0.4, 11), (0.5, 4), (0.8, 2), (0.9, 0), (1.0, 0)])
 def test_as_many_go_as_the_protection_allows(pico_file, front_protection, most):
     assert len(removable_sublayers(open_checkpoint(pico_file).spec, front_protection)) == most
     assert len(run(pico_file, most, front_protection=front_protection).steps) == most
@@ -246,6 +302,7 @@ def test_the_plan_holds_the_ranking_and_cuts_by_it(pico_file, mode):
         ({"goal": Goal(sparsity=float("nan"))}, "sparsity: expected a number from 0"),
         ({"goal": Goal(count=-1)}, "sublayers: expected 0 to 11"),
         ({"distance": "far"}, "distance: expected one of"),
+        ({"only": "heads"}, "only: expected one of attention, ffn, got 'heads'"),
         ({"mode": "slow"}, "mode: expected one of exact, fast, got 'slow'"),
         ({"front_protection": 1.5}, "front_protection: expected a number from 0 to 1, got 1.5"),
         ({"windows": WINDOWS[0]}, r"windows: expected shape \[N, S\]"),

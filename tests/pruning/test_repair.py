@@ -11,12 +11,13 @@ from specs import plain_spec
 
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.pruning import narrowing
+from depthprune_runtime.pruning.options import FlattenGPTOptions
 from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
 from depthprune_runtime.pruning.repair import Moments, accumulate, solve
 from depthprune_runtime.pruning.states import TokenStates, scratch_tensor
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint, layout
 from depthprune_runtime.pruning.walk import Walk, segments
-from depthprune_runtime.spec import AttentionSpec
+from depthprune_runtime.spec import AttentionSpec, FFNSpec
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(2, pico.VOCAB_SIZE, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -53,10 +54,12 @@ def test_group_importance_is_the_formula():
 def test_compensation_minimises_its_objective():
     z, weight = activations(3, 300, 10), activations(4, 5, 10)
     gram, columns = z.T @ z / 300, torch.tensor([0, 2, 3, 7])
-    lam = 0.5 * float(gram[columns][:, columns].diagonal().mean())
+    lam = 0.5 * float(torch.linalg.svdvals(z).square().sum()) / 300 / 10  # of the whole Gram matrix, not of S'GS
     ours = narrowing.compensated(gram, weight, columns, 0.5)
     free = torch.zeros(5, 4, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([free], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [free], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def loss():
         optimiser.zero_grad()
@@ -68,6 +71,23 @@ def test_compensation_minimises_its_objective():
 
     optimiser.step(loss)
     torch.testing.assert_close(ours, free.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_scores_and_compensation_share_ten_times_the_mean_singular_value():
+    """The paper's C = Z'Z over the tokens, its formulas by plain inverses; where it says so, [C (C + lam I)^-1]_ii."""
+    z, weight = activations(9, 120, 14), activations(10, 6, 14)
+    c = z.T @ z
+    lam = 10 * torch.linalg.svdvals(c).mean() * torch.eye(14, dtype=torch.float64)
+    scores = (c @ torch.linalg.inv(c + lam)).diagonal()
+    kept = scores.topk(7).indices.sort().values
+    select = torch.eye(14, dtype=torch.float64)[:, kept]
+    inverse = torch.linalg.inv(select.T @ c @ select + lam[:7, :7])
+    down = inverse @ (select.T @ c @ weight.T + lam[:7, :7] @ select.T @ weight.T)  # [k, C]
+    spec = FFNSpec(intermediate_size=14, origin=(0, 1))
+    gram = c / 120  # a mean over the tokens gives the same
+    assert narrowing.choose_units(gram, weight, spec, 7, FlattenGPTOptions().leverage_lam) == tuple(kept.tolist())
+    ours = narrowing.compensated(gram, weight, kept, FlattenGPTOptions().leverage_lam)
+    torch.testing.assert_close(ours, down.T, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("columns", [None, torch.tensor([1, 4, 5])])

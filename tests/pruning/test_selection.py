@@ -122,7 +122,9 @@ def test_pairs_only_and_impossible_groupings():
 def test_auto_follows_the_repair():
     assert resolved(ShortGPTOptions(), True).score == "after-repair"
     assert resolved(ShortGPTOptions(), False).score == "block-influence"
-    assert resolved(ShortGPTOptions(score="reverse"), True).score == "reverse"
+    assert resolved(ShortGPTOptions(score="reverse"), True) == ShortGPTOptions("reverse", protect_last=False)
+    assert resolved(ShortGPTOptions(), True).protect_last is resolved(ShortGPTOptions(), False).protect_last is True
+    assert resolved(ShortGPTOptions(protect_last=False), True).protect_last is False
     paper = resolved(FlattenGPTOptions(), False)
     assert (paper.grouping, paper.selection) == ("similarity", "importance")
     ours = resolved(FlattenGPTOptions(), True)

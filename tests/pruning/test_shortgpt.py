@@ -91,6 +91,22 @@ def test_the_plan_drops_both_sublayers_of_the_lowest_blocks(pico_file, scores):
     assert PrunePlan.from_json(made.to_json()) == made
 
 
+@pytest.mark.parametrize(
+    ("score", "protected"),
+    [("block-influence", True), ("relative-magnitude", False), ("sequential", False), ("reverse", False)],
+)
+def test_the_last_block_is_protected_as_in_the_paper(pico_file, score, protected):
+    made = plan(pico_file, score=score)
+    assert made.settings["protect_last"] is protected
+    assert (5 in made.settings["removal_order"]) is not protected
+    assert plan(pico_file, score=score, protect_last=not protected).settings["protect_last"] is not protected
+
+
+def test_reverse_drops_the_last_block_first(pico_file):
+    assert plan(pico_file, blocks=1, score="reverse").dropped() == {10, 11}
+    assert plan(pico_file, blocks=1, score="reverse", protect_last=True).dropped() == {8, 9}
+
+
 @pytest.mark.parametrize("dropped", [[], [0], [5], [2, 3], [0, 2, 4, 5], [1, 2, 3, 4, 5]])
 def test_dropped_blocks_equal_a_transformers_model_without_them(pico_llama, pico_file, dropped):
     edits = tuple(Drop(i) for b in dropped for i in (2 * b, 2 * b + 1))

@@ -1,0 +1,99 @@
+"""FinerCut: how much goes, and which sub-layers may go next.
+
+Front protection x, as the official code has it (its README's command sets 0.4, its script's default is 0.0). With
+N = 2L sub-layers, the first int(N x / 2) + 1 blocks are no candidates until int(x N) + 1 sub-layers are gone. So
+block 0 outlasts the first removal even with x = 0. Llama-3-8B at 0.4: blocks 0 to 12 of 32, until 26 are gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.pruning.names import KINDS, Kind
+from depthprune_runtime.spec import DecoderSpec
+
+
+@dataclass(frozen=True)
+class Goal:
+    """When to stop: `count` sub-layers gone, or the share `sparsity` of all parameters, embeddings included."""
+
+    count: int | None = None
+    sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.sparsity is None):
+            raise InputError("expected exactly one of a number of sub-layers and a sparsity")
+
+    def reached(self, spec: DecoderSpec, gone: list[int]) -> bool:
+        if self.count is not None:
+            return len(gone) >= self.count
+        assert self.sparsity is not None
+        removed = sum(spec.sublayer_parameters(i) for i in gone)
+        return removed >= self.sparsity * spec.num_parameters() - 0.5
+
+    def most_steps(self, spec: DecoderSpec, removable: list[int]) -> int:
+        """Most steps that it can take; refuses a goal that `removable` cannot reach."""
+        if self.count is not None:
+            if isinstance(self.count, bool) or not isinstance(self.count, int) or not 0 <= self.count <= len(removable):
+                raise InputError(
+                    f"sublayers: expected 0 to {len(removable)} of {len(spec.sublayers)}, got {self.count!r}"
+                )
+            return self.count
+        sparsity = self.sparsity
+        if not (isinstance(sparsity, int | float) and 0.0 <= sparsity < 1.0):
+            raise InputError(f"sparsity: expected a number from 0 to below 1, got {sparsity!r}")
+        by_size = sorted(removable, key=spec.sublayer_parameters)
+        steps = next((n for n in range(len(by_size) + 1) if self.reached(spec, by_size[:n])), None)
+        if steps is None:
+            most = sum(spec.sublayer_parameters(i) for i in by_size) / spec.num_parameters()
+            raise InputError(
+                f"sparsity: {sparsity} is more than the {len(removable)} sub-layers that can go hold; the most is "
+                f"{most:.3f} (embeddings count and stay)"
+            )
+        return steps
+
+
+def check_choice(front_protection: float, only: Kind | None) -> None:
+    """Refuse what `candidates` cannot work with."""
+    if not (isinstance(front_protection, int | float) and 0.0 <= front_protection <= 1.0):
+        raise InputError(f"front_protection: expected a number from 0 to 1, got {front_protection!r}")
+    if only is not None and only not in KINDS:
+        raise InputError(f"only: expected one of {', '.join(KINDS)}, got {only!r}")
+
+
+def _of_kind(total: int, only: Kind | None) -> range:
+    """Sub-layers of a model of whole blocks: attention has even numbers, the FFN odd ones; None: both kinds."""
+    return range(total) if only is None else range(KINDS.index(only), total, 2)
+
+
+def _gone_before_the_front(total: int, front_protection: float) -> int:
+    """How many sub-layers must be gone before the protected blocks become candidates."""
+    return int(front_protection * total) + 1
+
+
+def candidates(total: int, gone: list[int], front_protection: float, only: Kind | None = None) -> list[int]:
+    """Sub-layers of `total` that may go next, `gone` being gone already; empty where none may.
+
+    only: the one kind of sub-layers that may go at all; the front is protected as if both could.
+    """
+    if len(gone) >= total - 1:
+        return []  # one stays
+    protected_blocks = int(total * front_protection / 2) + 1
+    first = 0 if len(gone) >= _gone_before_the_front(total, front_protection) else 2 * protected_blocks
+    return [i for i in _of_kind(total, only) if i >= first and i not in gone]
+
+
+def removable_sublayers(spec: DecoderSpec, front_protection: float, only: Kind | None = None) -> list[int]:
+    """As many sub-layers as a search can remove at all: one stays, and so do those protected for ever.
+
+    Where everything can go but one, the largest stays in this list's place, so that its parameters are
+    a share that every search reaches.
+    """
+    check_choice(front_protection, only)
+    total = len(spec.sublayers)
+    free = candidates(total, [], front_protection, only)
+    every = list(_of_kind(total, only))
+    if len(free) < min(len(every), _gone_before_the_front(total, front_protection)):
+        return free
+    return every if len(every) < total else sorted(every, key=spec.sublayer_parameters)[:-1]
