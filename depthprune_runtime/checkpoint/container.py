@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.checkpoint.gate import parse_object, reading
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.spec import Shape
 
 DTYPES: dict[str, torch.dtype] = {
@@ -34,6 +36,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _EMPTY_CHECKSUM = "0" * 16
 _ALIGNMENT = 64  # bytes; mapped weights then start on a cache line and on a SIMD register
 _MAX_HEADER = 1 << 28
+_MAX_AXES = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
@@ -199,32 +202,59 @@ def header_checksum(header: bytes) -> str:
     return xxhash.xxh3_128(header).hexdigest()
 
 
+def _check_entry(name: str, entry: Any) -> tuple[int, int]:
+    """(first byte, end) of one tensor, after its dtype, shape and offsets have been found to agree."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"tensor {printable(name)}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    good = isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not good or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]) or len(shape) > _MAX_AXES:
+        raise InputError(f"tensor {printable(name)}: expected a dtype, a shape and two offsets, got {printable(entry)}")
+    first, end = offsets
+    known = DTYPES.get(dtype)
+    if end < first or (known is not None and math.prod(shape) * known.itemsize != end - first):
+        raise InputError(f"tensor {printable(name)} of shape {printable(shape)} claims {end - first} bytes")
+    return first, end
+
+
+def _check_header(header: Mapping[str, Any]) -> int:
+    """Bytes of data that `header` describes: tensor behind tensor, without holes and overlaps."""
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError("its metadata: expected texts")
+    ranges = {name: _check_entry(name, entry) for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for name, (first, last) in sorted(ranges.items(), key=lambda item: item[1]):
+        if first != end:
+            raise InputError(f"tensor {printable(name)} begins at byte {first}, expected {end}")
+        end = last
+    return end
+
+
 def read_header(path: Path, expected_checksum: str | None = None) -> dict[str, Any]:
-    """The JSON header of a safetensors file, checked against the file's size and, if given, a checksum."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-            raise InputError(
-                f"{path}: truncated or not a safetensors file: {size} bytes, its header claims {length} bytes"
-            )
-        text = file.read(length)
-    if expected_checksum is not None and header_checksum(prefix + text) != expected_checksum:
-        raise InputError(f"{path}: damaged, or a shard of another checkpoint: its header is not the expected one")
-    try:
-        header = json.loads(text)
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-        sizes = {k: (DTYPES.get(e["dtype"]), e["shape"], e["data_offsets"]) for k, e in entries.items()}
-        for name, (dtype, shape, (start, stop)) in sizes.items():
-            if dtype is not None and torch.Size(shape).numel() * dtype.itemsize != stop - start:
-                raise InputError(f"{path}: damaged: tensor {name} of shape {shape} claims {stop - start} bytes")
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file: its header cannot be read ({error})") from error
-    expected = 8 + length + end
-    if size != expected:
-        raise InputError(f"{path}: truncated or damaged: expected {expected} bytes by its header, got {size}")
-    return dict(header)
+    """The JSON header of a safetensors file, checked against the file's size and, if given, a checksum.
+
+    Every entry has a `dtype` (a text), a `shape` and `data_offsets` that agree; the tensors fill the file.
+    """
+    name = printable(path, 1000)
+    with reading(path):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+                raise InputError(
+                    f"{name}: truncated or not a safetensors file: {size} bytes, its header claims {length} bytes"
+                )
+            text = file.read(length)
+        if expected_checksum is not None and header_checksum(prefix + text) != expected_checksum:
+            raise InputError(f"{name}: damaged, or a shard of another checkpoint: its header is not the expected one")
+        try:
+            header = parse_object(text, "its header")
+            end = _check_header(header)
+        except InputError as error:
+            raise InputError(f"{name}: damaged or not a safetensors file: {error}") from error
+        expected = 8 + length + end
+        if size != expected:
+            raise InputError(f"{name}: truncated or damaged: expected {expected} bytes by its header, got {size}")
+    return header

@@ -140,7 +140,7 @@ def search(
     tokens = hashlib.sha256(f"{list(windows.shape)}{windows.flatten().tolist()}".encode()).hexdigest()
     name = str(dtype).removeprefix("torch.")
     key = SearchKey(parent_digest, tokens, distance, float(front_protection), mode, name, only)
-    state = load_state(state_file, key)
+    state = load_state(state_file, key, len(spec.sublayers))
 
     def taken() -> list[int]:
         return [s.sublayer for s in state.steps]
