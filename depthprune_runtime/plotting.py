@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 
 _ROWS = (("attention", 1), ("ffn", 0))  # kind, height in the picture
 _KEPT = "#c9d3df"
@@ -35,12 +35,17 @@ def removals(plan: dict[str, Any] | None) -> tuple[dict[tuple[str, int], _Gone],
     if "ranking" in settings:
         ranking = settings["ranking"]
         found = {(s["kind"], s["block"]): _Gone(s["step"], s["distance"]) for s in ranking}
-        return found, f"distance after its removal ({settings['distance']})"
+        return found, f"distance after its removal ({_shown(settings['distance'])})"
     order = settings.get("removal_order")
     if isinstance(order, list):
         known = {(kind, block): _Gone(n, float(n)) for n, block in enumerate(order, 1) for kind, _ in _ROWS}
         return known, "order of removal"
     return {}, ""
+
+
+def _shown(text: object) -> str:
+    """A text out of a file, short, and without what matplotlib would read as a formula."""
+    return printable(text, 80).replace("$", r"\$")
 
 
 def _runs(blocks: list[int]) -> list[tuple[int, int]]:
@@ -138,7 +143,7 @@ def plot_map(
     plan = description["plan"]
     what = plan["method"] if plan is not None else "dense"
     name = Path(description["name"]).name
-    axes.set_title(f"{name} ({what}), {description['parameters'] / 1e6:,.1f} M parameters", pad=26)
+    axes.set_title(f"{_shown(name)} ({_shown(what)}), {description['parameters'] / 1e6:,.1f} M parameters", pad=26)
     _legend(axes, any(len(s["origin"]) > 1 for s in description["sublayers"]), bool(removals(plan)[0]))
     axes.set_xlim(-0.7, depth - 0.3)
     axes.set_ylim(-0.55, 1.55)

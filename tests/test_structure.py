@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "placement",
         "pruning",
     },
-    "inspection": {"spec", "checkpoint"},
+    "inspection": {"errors", "spec", "plan", "checkpoint"},
     "plotting": {"errors", "checkpoint"},
     "pruning": {
         "errors",

@@ -172,12 +172,13 @@ def write_entries(
     entries: list[TensorEntry],
     tensor: Callable[[str], Tensor],
     metadata: Callable[[Mapping[str, str]], Mapping[str, str]],
-    on_tensor: Callable[[TensorEntry], None] = lambda _: None,
+    on_tensor: Callable[[TensorEntry, str], None] = lambda *_: None,
 ) -> tuple[dict[str, str], str]:
     """Write `entries` in order into `file`, holding one tensor at a time.
 
     `metadata(checksums)` gives the string metadata from name -> checksum; it is called twice, before
-    and after the data, and must have the same length both times. `on_tensor` is called after each one.
+    and after the data, and must have the same length both times. `on_tensor` is called after each one,
+    with its checksum.
     Returns the checksums, and the checksum of the header.
     """
     first = _header(entries, metadata({e.name: _EMPTY_CHECKSUM for e in entries}))
@@ -189,7 +190,7 @@ def write_entries(
             raise AssertionError(f"{entry.name}: {data.dtype} {tuple(data.shape)} is not {entry}")
         checksums[entry.name] = checksum(data)
         file.write(_raw_bytes(data))
-        on_tensor(entry)
+        on_tensor(entry, checksums[entry.name])
     last = _header(entries, metadata(checksums))
     assert len(last) == len(first)
     file.seek(0)

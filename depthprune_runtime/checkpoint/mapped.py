@@ -7,7 +7,6 @@ being read. A file that is replaced by another one of its name does no harm: the
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,38 @@ from depthprune_runtime.checkpoint.gate import reading
 from depthprune_runtime.errors import InputError, printable
 
 
-def _stamp(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:
-        return None  # removed or moved: the mapping stays whole
-
-
-class MappedFile:
-    """A safetensors file, open until nobody holds it."""
+class WatchedFile:
+    """A file as it was when this was made."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path):
-            self._stat = path.stat()
-            self._file: Any = safe_open(path, "pt")
-        self.check_unchanged()
+            self._then = path.stat()
 
     def check_unchanged(self) -> None:
-        """Raises InputError if the file was written to since it was opened."""
-        now, then = _stamp(self.path), self._stat
-        if now is None or (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
+        """Raises InputError if the file was written to since then."""
+        then = self._then
+        try:
+            now = self.path.stat()
+        except OSError:
+            return  # removed or moved: a mapping of it stays whole
+        if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
             return
         if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
             raise InputError(
-                f"{printable(self.path, 1000)}: changed since it was opened: {now.st_size:,} bytes, then "
-                f"{then.st_size:,}; something writes to it, so try again when that has ended"
+                f"{printable(self.path, 1000)}: something wrote to it since it was opened, when it had "
+                f"{then.st_size:,} bytes (now {now.st_size:,}); try again when that has ended"
             )
+
+
+class MappedFile(WatchedFile):
+    """A safetensors file, mapped until nobody holds it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with reading(path):
+            self._file: Any = safe_open(path, "pt")
+        self.check_unchanged()
 
     def tensor(self, name: str) -> Tensor:
         """Tensor `name`, mapped."""

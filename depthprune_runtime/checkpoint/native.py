@@ -70,6 +70,7 @@ class NativeCheckpoint(Checkpoint):
         with reading(path):
             self._check_tensors(headers)
         self._files = {name: MappedFile(path.with_name(name)) for name in headers}
+        self.watched = tuple(self._files.values())
         self._asset_names = [n for n in self._checksums if n.startswith(_ASSET_PREFIX)]
         if verify:
             self.verify()
@@ -149,6 +150,9 @@ class NativeCheckpoint(Checkpoint):
     def _stored(self, name: str) -> Tensor:
         return self._files[self._weight_map.get(name, self.path.name)].tensor(name)
 
+    def stored_checksum(self, entry: str) -> str | None:
+        return self._checksums.get(entry)
+
     def weight(self, name: str) -> Tensor | QuantizedWeight:
         quant = self.quantization.get(name)
         if quant is None:
@@ -200,9 +204,16 @@ class _Writer:
         part: Tensor = getattr(self._checkpoint.weight(whole), name.rpartition(".")[2])
         return part
 
-    def _done(self, entry: TensorEntry) -> None:
-        if entry.name != _GUARD_NAME:  # its number depends on that of the files
-            self._on_tensor(entry.name)
+    def _done(self, entry: TensorEntry, found: str) -> None:
+        if entry.name == _GUARD_NAME:
+            return  # its number depends on that of the files
+        expected = self._checkpoint.stored_checksum(entry.name)
+        if expected not in (None, found):
+            raise InputError(
+                f"{self._checkpoint.name}: tensor {entry.name} has checksum {found}, expected {expected}: something "
+                "wrote to the file since it was opened; try again when that has ended"
+            )
+        self._on_tensor(entry.name)
 
     def _metadata(self, checksums: Mapping[str, str], index: Mapping[str, Any]) -> Mapping[str, str]:
         content = {
@@ -218,6 +229,14 @@ class _Writer:
             content["quantization"] = stored.quantization_to_json(self._checkpoint.quantization, self._checkpoint.spec)
         text = json.dumps(content, separators=(",", ":"))
         return {"format": FORMAT, FORMAT: text, "checksum": _metadata_checksum(text)}
+
+    def check(self) -> None:
+        """Refuse what could not be read again."""
+        text = self._metadata({}, {})[FORMAT]
+        try:
+            Description.from_json(parse_object(text.encode(), "description"))
+        except InputError as error:
+            raise InputError(f"{self._checkpoint.name}: cannot be written: {error}") from error
 
     def shard(self, pending: PendingFile, weights: list[TensorEntry]) -> tuple[dict[str, str], str]:
         """One shard; the checksums of its tensors, and that of its header."""
@@ -262,6 +281,7 @@ def write_native(
     """
     limit = shards.parse_size(max_shard_size)
     writer = _Writer(path, checkpoint, on_tensor)
+    writer.check()
     groups = [stored.aligned(group) for group in shards.split(writer.weights, limit)]
     check_output(path, checkpoint.source_files, overwrite, sum(e.nbytes for e in writer.weights))
     with atomic_files(path) as make:
@@ -280,6 +300,7 @@ def write_native(
                 index["weight_map"] |= dict.fromkeys(found, name)
         head = make(path.name)
         writer.head(head, groups[0] if len(groups) == 1 else [], checksums, index)
+        checkpoint.check_unchanged()
         with shards.publishing(path.parent):
             try:
                 for name, pending in written.items():

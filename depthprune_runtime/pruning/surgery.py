@@ -125,6 +125,14 @@ class PrunedCheckpoint(Checkpoint):
     def assets(self) -> Mapping[str, bytes]:
         return self._parent.assets
 
+    def stored_checksum(self, entry: str) -> str | None:
+        weight, _, part = entry.partition(".weight.")  # a part of a quantised one
+        source = self._source(f"{weight}.weight" if part else entry)
+        return None if source is None else self._parent.stored_checksum(f"{source}.{part}" if part else source)
+
+    def check_unchanged(self) -> None:
+        self._parent.check_unchanged()
+
     def _source(self, name: str) -> str | None:
         """The parent's tensor that `name` is, unchanged."""
         if name in self._replaced:

@@ -40,6 +40,12 @@ class QuantizedCheckpoint(Checkpoint):
     def assets(self) -> Mapping[str, bytes]:
         return self._parent.assets
 
+    def stored_checksum(self, entry: str) -> str | None:
+        return None if entry in self._store.tensors else self._parent.stored_checksum(entry)
+
+    def check_unchanged(self) -> None:
+        self._parent.check_unchanged()
+
     def put(self, name: str, weight: QuantizedWeight) -> None:
         """Let weight `name` be `weight` from now on. Raises InputError if it came from weights that are not finite."""
         if not torch.isfinite(weight.scales).all():
