@@ -27,10 +27,10 @@ from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import embedding
 from depthprune_runtime.progress import Progress
+from depthprune_runtime.pruning.calibrator import Calibrator
 from depthprune_runtime.pruning.distances import OutputDistance
 from depthprune_runtime.pruning.finercut import search
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
-from depthprune_runtime.pruning.prune import Calibrator
 from depthprune_runtime.pruning.sublayer_goal import Goal, candidates
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.texts import load_text

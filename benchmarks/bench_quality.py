@@ -49,12 +49,13 @@ def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
 
     from depthprune_runtime.checkpoint import open_checkpoint, write_native
     from depthprune_runtime.pruning import prune as pipeline
+    from depthprune_runtime.pruning.calibrator import Calibrator
     from depthprune_runtime.pruning.options import REPAIR_WINDOWS, FlattenGPTOptions
     from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 
     chosen, cpu = FlattenGPTOptions(**options), torch.device("cpu")
     parent = open_checkpoint(task["dense"])
-    calibrator = pipeline.Calibrator(parent, task["calibration"], None, None, task["seed"])
+    calibrator = Calibrator(parent, task["calibration"], None, None, task["seed"])
     with torch.inference_mode():
         data = calibrator.windows(64, 512)
         plan = pipeline.plan_flattengpt(parent, task["blocks"], data, cpu, chosen)

@@ -2,7 +2,8 @@
 
 `builtin` and `builtin-test` are two parts of the English help topics that every CPython carries
 (pydoc_data.topics), so that nothing needs a download; what one tells, the other does not (`split_texts`).
-`wikitext2`, `wikitext2-valid` and `wikitext2-test` are WikiText-2 raw.
+`wikitext2`, `wikitext2-valid` and `wikitext2-test` are WikiText-2 raw; `wikitext2-joined` is its training part with
+the rows joined by blanks, as FinerCut's official script calibrates.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _WIKITEXT_FILES = {
     "wikitext2-test": ("wiki.test.raw",),
 }
 _WIKITEXT_SPLITS = {"wikitext2": "train", "wikitext2-valid": "validation", "wikitext2-test": "test"}
-NAMED_TEXTS = ("builtin", "builtin-test", *_WIKITEXT_FILES)
+NAMED_TEXTS = ("builtin", "builtin-test", *_WIKITEXT_FILES, "wikitext2-joined")
 DATA_VARIABLE = "DEPTHPRUNE_DATA"
 _RUN = 8  # words; paragraphs that share so many in a row are not told apart
 _PARTS = 4  # one of which is the test
@@ -53,6 +54,8 @@ def load_text(source: str) -> str:
         return _builtin(test=source == "builtin-test")
     if source in _WIKITEXT_FILES:
         return _wikitext2(source)
+    if source == "wikitext2-joined":
+        return rows_joined(_wikitext2("wikitext2"), " ")
     (path,) = files
     if not path.is_file():
         raise InputError(f"text {printable(source)}: no such file, and not one of {', '.join(NAMED_TEXTS)}")
@@ -144,10 +147,10 @@ def _wikitext2(source: str) -> str:
     return "".join(row or " \n" for row in rows["text"])
 
 
-def rows_joined(text: str) -> str:
-    """The data set's rows joined by blank lines, as GPTQ and most pruning papers tokenise WikiText-2.
+def rows_joined(text: str, separator: str = "\n\n") -> str:
+    """The data set's rows joined, by default by blank lines, as GPTQ and most pruning papers tokenise WikiText-2.
 
     An empty line of the file is an empty row; every other row keeps its line end.
     """
     rows = ["" if not line.strip() else line + "\n" for line in text.split("\n")[:-1]]
-    return "\n\n".join(rows)
+    return separator.join(rows)

@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "tokenizer",
         "placement",
     },
-    "evaluation": {"errors", "progress", "engine", "model", "texts"},
+    "evaluation": {"errors", "progress", "engine", "model", "texts", "placement"},
 }
 NO_TORCH = [
     "spec.py",

@@ -62,6 +62,9 @@ def add_calibration(parser: argparse.ArgumentParser, suits: str) -> None:
     parser.add_argument("--samples", type=int, metavar="N", help=f"calibration windows (default: {suits})")
     parser.add_argument("--seq-len", type=int, metavar="S", help=f"tokens in each (default: {suits})")
     parser.add_argument("--seed", type=int, default=0, help="which windows are drawn (default 0)")
+    parser.add_argument(
+        "--first-windows", dest="seed", action="store_const", const=None, help="take the text's first windows instead"
+    )
 
 
 def add_placement(parser: argparse.ArgumentParser, what: str) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +32,14 @@ from depthprune_runtime.progress import Advance
 from depthprune_runtime.pruning import linalg
 from depthprune_runtime.pruning import states as token_states
 from depthprune_runtime.pruning.calibration import CalibrationSet, window_batches
+from depthprune_runtime.pruning.finite import check_finite
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.states import TokenStates
 
 MAX_SPAN = 6  # blocks; longer spans are seldom cheap, and every length costs a regression a block
 _DIRECTIONS = 128  # of the residual stream that are looked at
+_LAM = 0.1  # of the regressions, relative to the mean of the Gram diagonal
 
 Errors = dict[tuple[int, int], float]  # (first block, number of blocks) -> error
 
@@ -135,6 +138,7 @@ class _Pass:
     def __init__(
         self, checkpoint: Checkpoint, windows: Tensor, device: torch.device, dtype: torch.dtype, kept: int
     ) -> None:
+        self._name = checkpoint.name
         self._spec = checkpoint.spec
         self._loader = SublayerLoader(self._spec, checkpoint.tensor, device, dtype)
         self._count, self._seq_len = windows.shape
@@ -166,6 +170,7 @@ class _Pass:
                     inner = self._buffer(z.shape[1], z.dtype) if inner is None else inner
                     inner.batch(b).copy_(z)
                 flat += sublayer.project(z).float()
+                check_finite(flat, self._loader, i, self._name)
         self.entering, self.inner = after, inner
 
 
@@ -175,7 +180,7 @@ def span_errors(
     device: torch.device,
     dtype: torch.dtype,
     max_span: int = MAX_SPAN,
-    lam: float = 0.1,
+    lam: float = _LAM,
     advance: Advance = lambda: None,
 ) -> Errors:
     """Error of every span of at most `max_span` blocks, in one pass of the dense model. lam: relative ridge.
@@ -221,17 +226,25 @@ def plan_after_repair(
     pairs = block_pairs(checkpoint.spec)
     dropped_blocks(equal_errors(len(pairs)), len(pairs), blocks, protect_last)
     errors = span_errors(checkpoint, calibration.windows, device, checkpoint.dtype, advance=advance)
-    if not all(math.isfinite(e) for e in errors.values()):
-        raise InputError("model: its hidden states are not finite; its weights are damaged")
     gone = dropped_blocks(errors, len(pairs), blocks, protect_last)
     settings = {
         "blocks": blocks,
         "score": "after-repair",
         "protect_last": protect_last,
         "calibration": calibration.description,
-        "span_errors": [[first, n, error] for (first, n), error in sorted(errors.items())],
+        **evidence(errors),
     }
     return PrunePlan("shortgpt", parent_digest, tuple(Drop(i) for b in gone for i in pairs[b]), settings)
+
+
+def evidence(errors: Errors) -> dict[str, Any]:
+    """What a choice of spans was made from, for the plan's settings; errors: of `span_errors` with its defaults."""
+    return {
+        "span_errors": [[first, n, error] for (first, n), error in sorted(errors.items())],
+        "max_span": MAX_SPAN,
+        "span_lam": _LAM,
+        "directions": _DIRECTIONS,
+    }
 
 
 def equal_errors(blocks: int) -> Errors:

@@ -20,6 +20,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.pruning import states
+from depthprune_runtime.pruning.finite import check_finite
 
 _BATCH_TOKENS = 4096  # tokens per forward pass, at most
 _RING = 3  # buffers: entering a block, between its sub-layers, leaving it
@@ -38,8 +39,13 @@ class CalibrationSet:
     description: dict[str, Any]
 
 
-def sample_windows(ids: Sequence[int], samples: int, seq_len: int, seed: int) -> Tensor:  # [N, S] int64
-    """`samples` different windows of the non-overlapping ones of `seq_len` tokens, drawn by `seed`, in text order."""
+def sample_windows(ids: Sequence[int], samples: int, seq_len: int, seed: int | None) -> Tensor:  # [N, S] int64
+    """`samples` different windows of the non-overlapping ones of `seq_len` tokens, in text order.
+
+    seed: of their draw; None: the first ones.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63):
+        raise InputError(f"seed: expected an integer from 0 to below 2**63, got {seed!r}")
     for name, value in (("samples", samples), ("seq_len", seq_len)):
         if value < 1:
             raise InputError(f"{name}: expected at least 1, got {value}")
@@ -49,14 +55,17 @@ def sample_windows(ids: Sequence[int], samples: int, seq_len: int, seed: int) ->
             f"calibration text is too short: {samples} windows of {seq_len} tokens need {samples * seq_len:,} tokens, "
             f"got {len(ids):,}; give more text, fewer samples or shorter windows"
         )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    if seed is None:
+        order = torch.arange(samples)
+    else:
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
     return torch.tensor(ids[: available * seq_len], dtype=torch.int64).view(available, seq_len)[order]
 
 
 def calibration_set(
-    name: str, text: str, encode: Callable[[str], list[int]], samples: int, seq_len: int, seed: int
+    name: str, text: str, encode: Callable[[str], list[int]], samples: int, seq_len: int, seed: int | None
 ) -> CalibrationSet:
-    """Tokenise `text` once and draw the windows."""
+    """Tokenise `text` once and take the windows, see `sample_windows`."""
     windows = sample_windows(encode(text), samples, seq_len, seed)
     description = {
         "text": name,
@@ -102,4 +111,5 @@ def stream_hidden_states(
             batch = packed(window_batches(flat.shape[0], seq_len), device)
             out = leaving.batch(b)
             torch.add(flat, sublayer(ops.rms_norm(flat, sublayer.norm, spec.rms_norm_eps), batch), out=out)
+            check_finite(out, loader, i, checkpoint.name)
             yield i, flat.unflatten(0, (-1, seq_len)), out.unflatten(0, (-1, seq_len))

@@ -10,7 +10,9 @@ shows which sub-layers the output depends on least.
 `exact` scores every candidate in every step, from cached prefixes (`candidates`); `fast` only the most promising
 ones (`lazy_scores`). benchmarks/bench_finercut.py compares both with the plain loop.
 
-The official script calibrates on the first 10 windows of 256 tokens of WikiText-2 train, its rows joined by " ".
+The official script calibrates on the first 10 windows of 256 tokens of WikiText-2 train, its rows joined by blanks.
+Here that is `prune(..., calibration="wikitext2-joined", seed=None)`, less the BOS token that its tokenizer may put
+first; by default `prune` draws 10 windows from all over the text. The plan's settings tell text and windows.
 """
 
 from __future__ import annotations
@@ -71,8 +73,8 @@ def _best(scores: dict[int, float]) -> int:
     best = min(scores, key=lambda i: (scores[i], i))
     if not math.isfinite(scores[best]):
         raise InputError(
-            "model: without any further sub-layer its logits are not finite; its weights are damaged or overflow "
-            "in this dtype"
+            "model: without any further sub-layer its logits are not finite; they overflow in this dtype (give bf16 or "
+            "fp32), or its weights are damaged"
         )
     return best
 

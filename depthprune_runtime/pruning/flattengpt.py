@@ -18,14 +18,14 @@ from torch.nn.functional import normalize
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.progress import Advance
-from depthprune_runtime.pruning.after_repair import MAX_SPAN, Errors, choose_spans, equal_errors, span_errors
+from depthprune_runtime.pruning.after_repair import MAX_SPAN, Errors, choose_spans, equal_errors, evidence, span_errors
 from depthprune_runtime.pruning.calibration import CalibrationSet, stream_hidden_states
 from depthprune_runtime.pruning.options import FlattenGPTOptions
 from depthprune_runtime.pruning.plan import Flatten, PrunePlan
 from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.states import scratch_tensor
 
-_MAX_TOKENS = 8192  # of the similarity; all blocks' states of these are kept side by side
+_TOKENS_AT_ONCE = 8192  # all blocks' states of these are kept side by side; more take further passes
 
 
 def input_similarity(
@@ -35,26 +35,33 @@ def input_similarity(
     dtype: torch.dtype,
     advance: Advance = lambda: None,
 ) -> Tensor:  # [L, L] float64
-    """Mean cosine between the hidden states entering every two blocks, over at most _MAX_TOKENS tokens."""
+    """Mean cosine between the hidden states entering every two blocks, over all tokens.
+
+    advance: called once a block.
+    """
     blocks = len(block_pairs(checkpoint.spec))
-    seq_len = windows.shape[1]
-    windows = windows[: max(1, _MAX_TOKENS // seq_len)]
-    tokens, hidden = windows.numel(), checkpoint.spec.hidden_size
-    directions = scratch_tensor((blocks, tokens, hidden), torch.float32, torch.device("cpu"))
-    filled = 0
-    for i, entering, _ in stream_hidden_states(checkpoint, windows, device, dtype):
-        if i % 2:
-            continue
-        flat = normalize(entering.flatten(0, 1).float(), dim=-1).cpu()
-        directions[i // 2, filled : filled + len(flat)] = flat
-        filled = (filled + len(flat)) % tokens
-        if filled == 0:
-            advance()
-    rows = directions.view(blocks, -1)
+    parts = windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
+    shape = (blocks, parts[0].numel(), checkpoint.spec.hidden_size)
+    directions = scratch_tensor(shape, torch.float32, torch.device("cpu"))
     similarity = torch.zeros(blocks, blocks, dtype=torch.float64)
-    for chunk in rows.split(1 << 18, dim=1):  # float32 sums of 2^18 terms, added up in float64
-        similarity += (chunk @ chunk.T).double()
-    return similarity / tokens
+    done = 0
+    for part in parts:
+        tokens = part.numel()
+        filled = 0
+        for i, entering, _ in stream_hidden_states(checkpoint, part, device, dtype):
+            if i % 2:
+                continue
+            flat = normalize(entering.flatten(0, 1).float(), dim=-1).cpu()
+            directions[i // 2, filled : filled + len(flat)] = flat
+            filled = (filled + len(flat)) % tokens
+            if filled == 0:
+                done += 1
+                if done % len(parts) == 0:
+                    advance()
+        rows = directions[:, :tokens].flatten(1)
+        for chunk in rows.split(1 << 18, dim=1):  # float32 sums of 2^18 terms, added up in float64
+            similarity += (chunk @ chunk.T).double()
+    return similarity / windows.numel()
 
 
 def group_blocks(similarity: Tensor, merges: int, pairs_only: bool = False) -> list[tuple[int, ...]]:
@@ -122,20 +129,22 @@ def plan_flattengpt(
 ) -> PrunePlan:
     """Merge blocks until `merges` fewer are left. options: with every `auto` decided, see `options.resolved`."""
     blocks = len(block_pairs(checkpoint.spec))
-    evidence: dict[str, Any]
+    found: dict[str, Any]
     if options.grouping == "after-repair":
         errors = span_errors(checkpoint, calibration.windows, device, checkpoint.dtype, advance=advance)
         groups = groups_after_repair(errors, blocks, merges, options.pairs_only)
-        evidence = {"span_errors": [[first, n, error] for (first, n), error in sorted(errors.items())]}
+        found = evidence(errors)
     else:
         similarity = input_similarity(checkpoint, calibration.windows, device, checkpoint.dtype, advance)
         groups = group_blocks(similarity, merges, options.pairs_only)
-        evidence = {"neighbour_similarity": [float(similarity[i, i + 1]) for i in range(blocks - 1)]}
+        found = {
+            "similarity": [similarity[i, i + 1 :].tolist() for i in range(blocks - 1)]
+        }  # row i: to each later block
     settings = {
         "blocks": merges,
         **asdict(options),
         "groups": [list(g) for g in groups],
-        **evidence,
+        **found,
         "calibration": calibration.description,
     }
     return PrunePlan("flattengpt", parent_digest, flatten_edits(groups), settings)

@@ -16,7 +16,8 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.after_repair import dropped_blocks, equal_errors, plan_after_repair
-from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set
+from depthprune_runtime.pruning.calibration import CalibrationSet
+from depthprune_runtime.pruning.calibrator import Calibrator
 from depthprune_runtime.pruning.finercut import plan_finercut
 from depthprune_runtime.pruning.flattengpt import check_merges, plan_flattengpt
 from depthprune_runtime.pruning.names import REPAIRS, Method, Repair
@@ -32,12 +33,12 @@ from depthprune_runtime.pruning.options import (
 )
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
+from depthprune_runtime.pruning.request import Request
 from depthprune_runtime.pruning.shortgpt import block_pairs, plan_shortgpt
-from depthprune_runtime.pruning.sublayer_goal import Goal, removable_sublayers
+from depthprune_runtime.pruning.sublayer_goal import removable_sublayers
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint, require_dense
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
-from depthprune_runtime.texts import known_ids, load_text, text_file
-from depthprune_runtime.tokenizer import Tokenizer
+from depthprune_runtime.texts import text_file
 
 # Calibration windows that a method decides from: (samples, seq_len), as in the papers' code.
 _SCORING_WINDOWS = {"shortgpt": (128, 256), "finercut": (10, 256), "flattengpt": (64, 512)}
@@ -56,122 +57,6 @@ class PruneResult:
     @property
     def sparsity(self) -> float:
         return 1.0 - self.spec.num_parameters() / self.parent.num_parameters()
-
-
-def blocks_for_sparsity(spec: DecoderSpec, sparsity: float, removable: int, share: float = 1.0) -> int:
-    """Fewest blocks whose removal reaches `sparsity` of all parameters, embeddings included (as the papers count).
-
-    share: of a block's parameters that one step removes (less than 1 where merged blocks stay wider).
-    """
-    if not (isinstance(sparsity, int | float) and 0.0 <= sparsity < 1.0):
-        raise InputError(f"sparsity: expected a number from 0 to below 1, got {sparsity!r}")
-    pairs = block_pairs(spec)
-    per_block = share * max(sum(spec.sublayer_parameters(i) for i in pair) for pair in pairs)
-    total = spec.num_parameters()
-    if per_block <= 0 < sparsity:
-        raise InputError("sparsity: blocks that stay wide remove no parameters; give blocks, or keep_width below 1")
-    blocks = math.ceil(sparsity * total / per_block - 1e-9) if sparsity else 0
-    if blocks > removable:
-        raise InputError(
-            f"sparsity: {sparsity} would take {blocks} blocks, only {removable} of {len(pairs)} can go; "
-            f"the most is {removable * per_block / total:.3f} (embeddings count and stay)"
-        )
-    return blocks
-
-
-@dataclass(frozen=True)
-class Request:
-    """How much goes: exactly one of the three."""
-
-    blocks: int | None
-    sublayers: int | None
-    sparsity: float | None
-
-    def check(self, method: str) -> None:
-        given = [n for n in ("blocks", "sublayers", "sparsity") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise InputError(
-                f"expected exactly one of blocks, sublayers and sparsity, got {', '.join(given) or 'none'}"
-            )
-        if given == ["sublayers"] and method != "finercut":
-            raise InputError(f"sublayers: only finercut drops single sub-layers, {method} needs blocks or sparsity")
-
-    def block_count(self, spec: DecoderSpec, share: float = 1.0) -> int:
-        removable = len(block_pairs(spec)) - 1  # at least one block stays, whichever it is
-        if self.sparsity is not None:
-            return blocks_for_sparsity(spec, self.sparsity, removable, share)
-        blocks = self.blocks
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or not 0 <= blocks <= removable:
-            raise InputError(f"blocks: expected 0 to {removable} of {removable + 1}, got {blocks!r}")
-        return blocks
-
-    def goal(self, spec: DecoderSpec) -> Goal:
-        """For FinerCut: N blocks fewer means the parameters of N blocks."""
-        if self.sublayers is not None:
-            return Goal(count=self.sublayers)
-        if self.sparsity is not None:
-            blocks_for_sparsity(spec, self.sparsity, len(block_pairs(spec)) - 1)
-            return Goal(sparsity=self.sparsity)
-        attention, ffn = block_pairs(spec)[0]
-        one = spec.sublayer_parameters(attention) + spec.sublayer_parameters(ffn)
-        return Goal(sparsity=self.block_count(spec) * one / spec.num_parameters())
-
-
-class Calibrator:
-    """Draws calibration windows of one text for several purposes; samples, seq_len override their defaults."""
-
-    def __init__(self, checkpoint: Checkpoint, text: str, samples: int | None, seq_len: int | None, seed: int) -> None:
-        self._context = checkpoint.spec.max_position_embeddings
-        self._samples = _check_count("samples", samples)
-        self._seq_len = self._check_seq_len(seq_len)
-        self._seed = _check_seed(seed)
-        contents = load_text(text)
-        tokenizer = Tokenizer(checkpoint)
-        self._name = text if "/" not in text else Path(text).name
-        self._text = contents
-        # windows are cut from the middle of the text, so no BOS: only the first would have one
-        ids = tokenizer.encode(contents, add_special_tokens=False)
-        self._ids = known_ids(ids, checkpoint.spec.vocab_size, checkpoint.name)
-
-    def _check_seq_len(self, seq_len: int | None) -> int | None:
-        if (_check_count("seq_len", seq_len) or 0) > self._context:
-            raise InputError(f"seq_len: expected at most the model's context of {self._context}, got {seq_len}")
-        return seq_len
-
-    def windows(
-        self,
-        samples: int,
-        seq_len: int,
-        at_most: bool = False,
-        own: tuple[int | None, int | None] = (None, None),
-    ) -> CalibrationSet:
-        """`samples` windows of `seq_len` tokens unless the caller chose other numbers.
-
-        Args:
-            samples, seq_len: what suits the purpose.
-            at_most: fewer windows (but at least an eighth) if the text has no more, unless the caller chose a number.
-            own: samples and seq_len that the caller chose for this purpose alone; they go before those for all.
-        """
-        chosen = self._samples if own[0] is None else _check_count("samples", own[0])
-        length = self._seq_len if own[1] is None else self._check_seq_len(own[1])
-        seq_len = min(seq_len, self._context) if length is None else length
-        if chosen is not None:
-            samples = chosen
-        elif at_most:
-            samples = max(min(samples, len(self._ids) // seq_len), math.ceil(samples / 8))
-        return calibration_set(self._name, self._text, lambda _: self._ids, samples, seq_len, self._seed)
-
-
-def _check_count(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name}: expected at least 1, got {value!r}")
-    return value
-
-
-def _check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise InputError(f"seed: expected an integer from 0 to below 2^63, got {seed!r}")
-    return seed
 
 
 def write(
@@ -195,7 +80,7 @@ def prune(
     calibration: str = "builtin",
     samples: int | None = None,
     seq_len: int | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
@@ -208,11 +93,11 @@ def prune(
     model: our file, a Hugging Face folder or hub id, or a GGUF file; exactly one of blocks (so many blocks
     fewer; for FinerCut their parameters), sublayers (FinerCut) and sparsity (least share of parameters to remove,
     embeddings included); repair: `ridge` (default), `none`, or RepairOptions; calibration: a named text
-    (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn by `seed`, `samples` of `seq_len` tokens
-    (default: what suits the method, and the repair); dtype: of the output, default the source's; max_shard_size:
-    bytes, or text such as `5GB`, above which the weights go to several files beside `output`; overwrite: let `output`
-    replace a file that is there, but never one of the model's own; options: of the method, see `options`. Raises
-    InputError before any long work where that is possible, and leaves no partial file.
+    (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn by `seed` (None: the first ones), `samples` of
+    `seq_len` tokens (default: what suits the method, and the repair); dtype: of the output, default the source's;
+    max_shard_size: bytes, or text such as `5GB`, above which the weights go to several files beside `output`;
+    overwrite: let `output` replace a file that is there, but never one of the model's own; options: of the method, see
+    `options`. Raises InputError before any long work where that is possible, and leaves no partial file.
     """
     progress = progress or Progress()
     path = as_path(output, "output")
@@ -346,9 +231,12 @@ def _rebuild(
     if not plan.edits or (mending is None and (narrowing is None or not narrowing.units)):
         return PrunedCheckpoint(parent, plan), plan
     assert data is not None
+    calibration = {"calibration": data.description}
     size = {name: data.description[name] for name in ("samples", "seq_len")}
-    repaired = {"repair": None if mending is None else {**asdict(mending), **size, "calibration": data.description}}
-    plan = replace(plan, settings={**plan.settings, **repaired})
+    walked: dict[str, Any] = {"repair": None if mending is None else {**asdict(mending), **size, **calibration}}
+    if narrowing is not None and narrowing.units:
+        walked["narrowing"] = calibration
+    plan = replace(plan, settings={**plan.settings, **walked})
     rebuild = Rebuild(parent, plan, narrowing, mending, device)
     walk = rebuild.walk(data.windows)
     with progress.stage("repair" if mending is not None else "narrow", walk.steps) as advance:

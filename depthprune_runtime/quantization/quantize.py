@@ -16,8 +16,9 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.calibration import CalibrationSet
+from depthprune_runtime.pruning.calibrator import Calibrator
 from depthprune_runtime.pruning.options import RepairOptions
-from depthprune_runtime.pruning.prune import Calibrator, write
+from depthprune_runtime.pruning.prune import write
 from depthprune_runtime.pruning.walk import Walk
 from depthprune_runtime.quantization.calibrated import Calibrated
 from depthprune_runtime.quantization.names import DEFAULT_GROUPS, HEAD_BITS, QUANT_METHODS, QuantMethod

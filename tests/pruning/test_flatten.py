@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune_runtime import InputError, Runtime
+from depthprune_runtime import InputError, Runtime, prune
 from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.pruning import flattengpt
 from depthprune_runtime.pruning.flattengpt import flatten_edits, group_blocks, input_similarity
 from depthprune_runtime.pruning.plan import Drop, Flatten, Narrow, PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
@@ -143,20 +144,54 @@ def test_plans_with_all_edits_survive_json():
     assert PrunePlan.from_json(plan.to_json()) == plan
 
 
-def test_similarity_equals_the_formula(pico_llama, pico_file):
+@pytest.mark.parametrize("at_once", [1, 70, 8192])
+def test_similarity_equals_the_formula_over_all_windows(pico_llama, pico_file, monkeypatch, at_once):
+    """Whether a pass takes one window, two of the three, or all."""
+    monkeypatch.setattr(flattengpt, "_TOKENS_AT_ONCE", at_once)
     model = pico_llama[0]
+    windows = torch.randint(2, pico.VOCAB_SIZE, (3, 30), generator=torch.Generator().manual_seed(4))
+    steps = []
     states = []
     hooks = [b.register_forward_pre_hook(lambda _, args: states.append(args[0])) for b in model.model.layers]
     with torch.no_grad():
-        model(IDS)
+        model(windows)
     for hook in hooks:
         hook.remove()
     with torch.inference_mode():
-        ours = input_similarity(open_checkpoint(pico_file), IDS, CPU, torch.float32)
+        ours = input_similarity(open_checkpoint(pico_file), windows, CPU, torch.float32, lambda: steps.append(1))
+    assert len(steps) == 6
     for i, a in enumerate(states):
         for j, b in enumerate(states):
             expected = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean()
             assert float(ours[i, j]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_longer_calibration_is_used_to_its_end(pico_file):
+    """More tokens than one pass takes: the windows behind it count."""
+    windows = torch.randint(2, pico.VOCAB_SIZE, (72, 128), generator=torch.Generator().manual_seed(5))
+    checkpoint = open_checkpoint(pico_file)
+    with torch.inference_mode():
+        head, tail, whole = (
+            input_similarity(checkpoint, part, CPU, torch.float32) for part in (windows[:64], windows[64:], windows)
+        )
+    torch.testing.assert_close(whole, (64 * head + 8 * tail) / 72, rtol=1e-6, atol=1e-6)
+    assert float((whole - head).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("repair", ["none", "ridge"])
+def test_the_plan_says_what_decided_it(pico_file, tmp_path, repair):
+    """Groups follow from the recorded similarities; the windows of both passes are told."""
+    made = prune(
+        pico_file, tmp_path / "p", "flattengpt", blocks=2, repair=repair, grouping="similarity", samples=6, seq_len=40
+    ).plan
+    rows = made.settings["similarity"]
+    similarity = torch.zeros(6, 6, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        similarity[i, i + 1 :] = torch.tensor(row, dtype=torch.float64)
+    assert [tuple(g) for g in made.settings["groups"]] == printed_rule(similarity, 2)
+    assert made.settings["calibration"]["samples"] == 6
+    assert made.settings["narrowing"]["calibration"]["seq_len"] == 40
+    assert (made.settings["repair"] is None) == (repair == "none")
 
 
 def printed_rule(similarity, merges):

@@ -6,10 +6,13 @@ import shutil
 
 import pico
 import pytest
+import torch
 
 from depthprune_runtime import InputError, Runtime, prune
 from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.pruning.shortgpt import score_blocks
 from depthprune_runtime.texts import load_text, rows_joined
+from depthprune_runtime.tokenizer import Tokenizer
 
 SMALL = {"samples": 4, "seq_len": 32}
 
@@ -69,6 +72,8 @@ def test_a_pruned_model_is_not_pruned_again(pico_file, tmp_path):
         ({"blocks": 1, "method": "magic"}, "method: expected one of shortgpt"),
         ({"blocks": 1, "calibration": "/nowhere.txt"}, "no such file, and not one of builtin"),
         ({"blocks": 1, "samples": 10**6}, "calibration text is too short"),
+        ({"blocks": 1, "seed": 1 << 70}, "seed: expected an integer from 0 to below"),
+        ({"blocks": 1, "seed": "x"}, "seed: expected an integer"),
         ({"blocks": 1, "samples": 0}, "samples: expected at least 1, got 0"),
         ({"blocks": 1, "seq_len": pico.CONTEXT + 1}, "at most the model's context of 256"),
         ({"blocks": 1, "device": "toaster"}, "device"),
@@ -108,6 +113,22 @@ def test_texts(tmp_path, monkeypatch):
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(" \n = Title = \n \n Words . \n")
     text = load_text("wikitext2-test")
     assert rows_joined(text) == "\n\n".join(["", " = Title = \n", "", " Words . \n"])
+    (tmp_path / "wikitext2" / "wiki.train.raw").write_text(text)
+    assert load_text("wikitext2-joined") == "  = Title = \n   Words . \n"
+    assert load_text("wikitext2") == text
+
+
+def test_the_first_windows_of_the_text(pico_file, tmp_path):
+    (tmp_path / "text").write_text(" ".join(f"the quick brown fox {n}" for n in range(200)))
+    options = {"method": "shortgpt", "blocks": 1, "repair": "none", "calibration": str(tmp_path / "text"), **SMALL}
+    first = prune(pico_file, tmp_path / "p", **options, seed=None).plan.settings
+    tokenizer = Tokenizer(open_checkpoint(pico_file))
+    ids = tokenizer.encode((tmp_path / "text").read_text(), add_special_tokens=False)[: 4 * 32]
+    with torch.inference_mode():
+        windows = torch.tensor(ids).view(4, 32)
+        scores = score_blocks(open_checkpoint(pico_file), windows, torch.device("cpu"), torch.float32, lambda: None)
+    assert first["scores"]["block-influence"] == pytest.approx(scores.block_influence)
+    assert first["calibration"]["seed"] is None
 
 
 def test_an_interrupted_prune_leaves_nothing(pico_file, tmp_path, monkeypatch):
