@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from depthprune_runtime.errors import InputError
-from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec, Shape
 
 Config = Mapping[str, Any]
+
+_MAX_SIZE = (1 << 31) - 1  # of a dimension or a context: what an int32 holds
+_MAX_THETA = 1e18
 
 
 def _layer_windows(config: Config) -> list[int | None]:
@@ -24,9 +27,11 @@ def _layer_windows(config: Config) -> list[int | None]:
     if types is None:
         return [window] * count
     known = {"full_attention": None, "sliding_attention": window}
+    if not isinstance(types, list | tuple) or len(types) != count:
+        raise InputError(f"config.layer_types: expected a list of {count}, one a block")
     for kind in types:
-        if kind not in known:
-            raise InputError(f"config.layer_types: expected {sorted(known)}, got {kind!r}")
+        if not isinstance(kind, str) or kind not in known:
+            raise InputError(f"config.layer_types: expected {sorted(known)}, got {printable(repr(kind))}")
     return [known[kind] for kind in types]
 
 
@@ -97,9 +102,30 @@ def source_names(table: Mapping[str, tuple[str, ...]], spec: DecoderSpec, name: 
     return tuple(n.format(block=sublayer.origin[0]) for n in table[f"{sublayer.kind}.{short}"])
 
 
+def source_shapes(table: Mapping[str, tuple[str, ...]], spec: DecoderSpec) -> dict[str, dict[str, Shape]]:
+    """Packed name -> name in the source -> shape there, for every tensor of a dense `spec`."""
+    found: dict[str, dict[str, Shape]] = {}
+    for name, (rows, *rest) in spec.tensor_shapes().items():
+        sources = source_names(table, spec, name)
+        shapes: list[Shape] = [(rows // len(sources), *rest)] * len(sources)
+        if name.startswith("sublayers."):
+            sublayer = spec.sublayers[int(name.split(".", 2)[1])]
+            if isinstance(sublayer, AttentionSpec):
+                if ".qkv_proj." in name:
+                    shapes = [(width, *rest) for width in (sublayer.q_size, sublayer.kv_size, sublayer.kv_size)]
+                elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                    shapes = [(sublayer.head_dim,)]  # one gain for all heads
+        found[name] = dict(zip(sources, shapes, strict=True))
+    return found
+
+
 def _rope(config: Config) -> RopeSpec:
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"config.rope_parameters: expected an object, got {type(parameters).__name__}")
     theta = parameters.get("rope_theta", config.get("rope_theta")) or 10000.0
+    if not isinstance(theta, int | float) or not 1 <= theta <= _MAX_THETA:
+        raise InputError(f"config.rope_theta: expected a number from 1 to {_MAX_THETA:g}, got {printable(repr(theta))}")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
         raise InputError("config.partial_rotary_factor: expected 1.0 (whole heads rotated)")
@@ -118,20 +144,50 @@ def _rope(config: Config) -> RopeSpec:
         )
     if kind == "factors":
         return RopeSpec(theta=theta, kind="factors", factors=tuple(parameters["factors"]))
-    raise InputError(f"config.rope_parameters: expected rope_type default, linear or llama3, got {kind!r}")
+    raise InputError(
+        f"config.rope_parameters: expected rope_type default, linear or llama3, got {printable(repr(kind))}"
+    )
+
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
+def _check_sizes(config: Config) -> None:
+    missing = [key for key in (*_SIZES, "rms_norm_eps") if key not in config]
+    if missing:
+        raise InputError(f"config has no key {missing[0]}")
+    for key in (*_SIZES, *(k for k in _OPTIONAL_SIZES if config.get(k) is not None)):
+        value = config[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
+            raise InputError(f"config.{key}: expected an integer from 1 to {_MAX_SIZE}, got {printable(repr(value))}")
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    if not config.get("head_dim") and width % heads:
+        raise InputError(f"config.num_attention_heads: expected a divisor of hidden_size {width}, got {heads}")
 
 
 def decoder_spec(config: Config) -> DecoderSpec:
-    """`DecoderSpec` of a dense model from its complete Hugging Face config."""
+    """`DecoderSpec` of a dense model from its complete Hugging Face config.
+
+    num_hidden_layers must have been compared with the files: a sub-layer is built for each.
+    """
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise InputError(f"config.model_type: expected one of {sorted(FAMILIES)}, got {model_type!r}")
+        raise InputError(f"config.model_type: expected one of {sorted(FAMILIES)}, got {printable(repr(model_type))}")
     if config.get("mlp_bias"):
         raise InputError("config.mlp_bias: expected false; FFNs with bias are not supported")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise InputError(f"config.hidden_act: expected 'silu', got {activation!r}")
+        raise InputError(f"config.hidden_act: expected 'silu', got {printable(repr(activation))}")
+    _check_sizes(config)
     num_heads = config["num_attention_heads"]
     sublayers: list[AttentionSpec | FFNSpec] = []
     for block, window in enumerate(family.windows(config)):

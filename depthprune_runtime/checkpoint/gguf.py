@@ -1,127 +1,178 @@
 """GGUF models of the architectures llama and qwen2, dequantised tensor by tensor.
 
-Source of the format: the GGUF specification of ggml. llama.cpp stores the query and key rows of llama
-models in interleaved rotary order; they are put back into half-split order here.
+llama.cpp stores the query and key rows of llama models in interleaved rotary order; they are put back into half-split
+order here. Nothing is taken from outside the file but the other parts of a split one.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from depthprune_runtime.checkpoint.base import GENERATION_CONFIG_FILE, Checkpoint
-from depthprune_runtime.checkpoint.huggingface import tokenizer_assets
-from depthprune_runtime.errors import InputError
-from depthprune_runtime.families import GGUF_NAMES, decoder_spec, source_names
+from depthprune_runtime.checkpoint.dense import DenseCheckpoint, StoredTensor, check_block_count, check_tensors
+from depthprune_runtime.checkpoint.gate import reading
+from depthprune_runtime.checkpoint.gguf_header import GGUFHeader, is_gguf
+from depthprune_runtime.checkpoint.gguf_split import read_gguf_parts
+from depthprune_runtime.checkpoint.gguf_tokenizer import gguf_assets
+from depthprune_runtime.checkpoint.mapped import WatchedFile
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.families import GGUF_NAMES, decoder_spec
 from depthprune_runtime.spec import AttentionSpec
+
+__all__ = ["GGUFCheckpoint", "is_gguf"]
 
 _ARCHITECTURES = ("llama", "qwen2")
 _ROPE_FACTORS = "rope_freqs.weight"
+_PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+_PIECE = 1 << 18  # elements, a multiple of every block size; 1 MiB in float32
+# metadata under which llama.cpp computes something else than the layers here
+_UNSUPPORTED = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale", "attention.clamp_kqv")
 
 
-class GGUFCheckpoint(Checkpoint):
+class GGUFCheckpoint(DenseCheckpoint):
     """A dense model in a GGUF file. dtype: what to dequantise to; bf16 by default."""
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
-        from gguf import GGUFReader
-
         self.name = path.name
-        self.path = path
-        self.source_files = (path,)
-        try:
-            self._reader = GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
-            raise InputError(f"{path}: truncated, damaged or not a GGUF file: {error}") from error
-        self._tensors = {t.name: t for t in self._reader.tensors}
+        self.path = self.where = path
+        headers = read_gguf_parts(path)
+        self._metadata = headers[0].metadata
+        self._homes: dict[str, GGUFHeader] = {name: header for header in headers for name in header.tensors}
+        kinds = sorted({t.kind.name for header in headers for t in header.tensors.values()})
+        self.source_files = tuple(header.path for header in headers)
+        self.watched = tuple(WatchedFile(file) for file in self.source_files)
         self.dtype = dtype if dtype is not None else torch.bfloat16
-        config = self._config()
-        try:
-            self.spec = decoder_spec(config)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+        with reading(path):
+            config = self._config()
+            self._set_parts(GGUF_NAMES, decoder_spec(config))
+        stored = {
+            name: StoredTensor(header.tensors[name].kind.name, header.tensors[name].shape)
+            for name, header in self._homes.items()
+        }
+        used = (_ROPE_FACTORS,) if _ROPE_FACTORS in stored else ()
+        # every type stands for real numbers; one that the gguf package does not know is refused when it is read
+        check_tensors(path, self._parts, stored, kinds, used)
         self._interleaved = config["model_type"] == "llama"
-        quantizations = sorted({t.tensor_type.name for t in self._reader.tensors})
         self.provenance = {
             "source": self.name,
             "format": "gguf",
             "family": config["model_type"],
             "blocks": config["num_hidden_layers"],
-            "dequantized_from": quantizations,
+            "dequantized_from": kinds,
         }
 
-    def _field(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+    def _number(self, key: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
+        """Number `key` of the metadata; a list of one a block counts as that number if all are equal."""
+        value = self._metadata.get(key, default)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]
+        elif isinstance(value, list):
+            raise InputError(f"{self.path}: {key}: blocks that differ are not supported, got {printable(value)}")
+        if value is None:
+            raise InputError(f"{self.path}: metadata key {key} is missing")
+        number: Any = value if isinstance(value, kinds) and not isinstance(value, bool) else 0
+        if not number > 0:
+            raise InputError(f"{self.path}: {key}: expected a positive number, got {printable(repr(value))}")
+        return number
 
     def _config(self) -> dict[str, Any]:
         """The file's metadata as a Hugging Face config."""
-        arch = self._field("general.architecture")
+        arch = self._metadata.get("general.architecture")
         if arch not in _ARCHITECTURES:
-            raise InputError(f"{self.path}: general.architecture: expected one of {_ARCHITECTURES}, got {arch!r}")
-
-        def required(key: str) -> Any:
-            value = self._field(f"{arch}.{key}")
-            if value is None:
-                raise InputError(f"{self.path}: metadata key {arch}.{key} is missing")
-            return value
-
-        if self._field(f"{arch}.expert_count", 0):
+            raise InputError(
+                f"{self.path}: general.architecture: expected one of {_ARCHITECTURES}, got {printable(repr(arch))}"
+            )
+        if self._metadata.get(f"{arch}.expert_count"):
             raise InputError(f"{self.path}: mixture-of-experts models are not supported")
-        if "token_embd.weight" not in self._tensors:
+        if unsupported := [key for key in _UNSUPPORTED if self._metadata.get(f"{arch}.{key}")]:
+            raise InputError(f"{self.path}: {arch}.{unsupported[0]} is not supported")
+        if "token_embd.weight" not in self._homes:
             raise InputError(f"{self.path}: tensor token_embd.weight is missing")
-        num_heads = required("attention.head_count")
-        head_dim = self._field(f"{arch}.attention.key_length") or required("embedding_length") // num_heads
-        rotated = self._field(f"{arch}.rope.dimension_count", head_dim)
+
+        def integer(key: str, default: int | None = None) -> int:
+            return int(self._number(f"{arch}.{key}", int, default))
+
+        blocks = integer("block_count")
+        check_block_count(blocks, self._homes, f"{self.path}: {arch}.block_count")
+        width, num_heads = integer("embedding_length"), integer("attention.head_count")
+        if f"{arch}.attention.key_length" not in self._metadata and width % num_heads:
+            raise InputError(f"{self.path}: attention.head_count: expected a divisor of {width}, got {num_heads}")
+        head_dim = integer("attention.key_length", width // num_heads)
+        rotated = integer("rope.dimension_count", head_dim)
         if rotated != head_dim:
             raise InputError(f"{self.path}: rope.dimension_count: expected head_dim {head_dim}, got {rotated}")
+        epsilon = self._number(f"{arch}.attention.layer_norm_rms_epsilon", float)
         return {
             "model_type": arch,
-            "hidden_size": required("embedding_length"),
-            "intermediate_size": required("feed_forward_length"),
-            "num_hidden_layers": required("block_count"),
+            "hidden_size": width,
+            "intermediate_size": integer("feed_forward_length"),
+            "num_hidden_layers": blocks,
             "num_attention_heads": num_heads,
-            "num_key_value_heads": self._field(f"{arch}.attention.head_count_kv", num_heads),
+            "num_key_value_heads": integer("attention.head_count_kv", num_heads),
             "head_dim": head_dim,
-            "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
-            "max_position_embeddings": required("context_length"),
+            "vocab_size": self._homes["token_embd.weight"].tensors["token_embd.weight"].shape[0],
+            "max_position_embeddings": integer("context_length"),
             # stored as float32; its shortest decimal is the value the model was trained with
-            "rms_norm_eps": float(f"{required('attention.layer_norm_rms_epsilon'):.6g}"),
-            "tie_word_embeddings": "output.weight" not in self._tensors,
-            "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in self._tensors,
+            "rms_norm_eps": float(f"{epsilon:.6g}"),
+            "tie_word_embeddings": "output.weight" not in self._homes,
+            "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in self._homes,
             "rope_parameters": self._rope(arch),
         }
 
     def _rope(self, arch: str) -> dict[str, Any]:
-        theta = float(self._field(f"{arch}.rope.freq_base", 10000.0))
-        if _ROPE_FACTORS in self._tensors:
-            factors = self._dequantized(_ROPE_FACTORS).double().tolist()
+        theta = float(self._number(f"{arch}.rope.freq_base", (int, float), 10000.0))
+        if _ROPE_FACTORS in self._homes:
+            factors = self._read(_ROPE_FACTORS).double().flatten().tolist()
             return {"rope_theta": theta, "rope_type": "factors", "factors": factors}
-        kind = self._field(f"{arch}.rope.scaling.type", "none")
+        old_factor = self._metadata.get(f"{arch}.rope.scale_linear")  # of files that do not name a type
+        kind = self._metadata.get(f"{arch}.rope.scaling.type", "none" if old_factor in (None, 1.0) else "linear")
         if kind == "none":
             return {"rope_theta": theta, "rope_type": "default"}
-        return {"rope_theta": theta, "rope_type": kind, "factor": self._field(f"{arch}.rope.scaling.factor", 1.0)}
+        factor = self._number(f"{arch}.rope.scaling.factor", (int, float), old_factor or 1.0)
+        return {"rope_theta": theta, "rope_type": kind, "factor": factor}
 
-    def _dequantized(self, name: str) -> Tensor:
+    def _pieces(self, source: str) -> Iterator[Any]:
+        """Tensor `source`, dequantised and flat, as arrays that stay in the cache."""
         from gguf.quants import dequantize
 
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise InputError(f"{self.path}: tensor {name} is missing")
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(f"{self.path}: {name}: cannot dequantise {tensor.tensor_type.name}: {error}") from error
-        shape = [int(n) for n in reversed(tensor.shape)]
-        return torch.from_numpy(values.reshape(shape).copy())
+        self.check_unchanged()
+        header = self._homes[source]
+        tensor = header.tensors[source]
+        if tensor.kind in _PLAIN:
+            values = header.raw(source).view("<f4" if tensor.kind == GGMLQuantizationType.F32 else "<f2")
+            for first in range(0, values.size, _PIECE):
+                yield values[first : first + _PIECE].copy()  # of a mapped file, which torch takes for writable
+            return
+        elements, nbytes = GGML_QUANT_SIZES[tensor.kind]
+        step = _PIECE // elements * nbytes
+        data = header.raw(source)
+        for first in range(0, tensor.nbytes, step):
+            try:
+                values = dequantize(data[first : first + step][None], tensor.kind)
+            except (NotImplementedError, ValueError) as error:
+                raise InputError(f"{self.path}: {source}: cannot dequantise {tensor.kind.name}: {error}") from error
+            yield values.reshape(-1)
+
+    def _read(self, source: str) -> Tensor:
+        whole = np.concatenate(list(self._pieces(source)))
+        return torch.from_numpy(whole.reshape(self._homes[source].tensors[source].shape))
 
     def _part(self, source: str) -> Tensor:
-        values = self._dequantized(source).to(self.dtype)
+        shape = self._homes[source].tensors[source].shape
+        flat = torch.empty(torch.Size(shape).numel(), dtype=self.dtype)
+        first = 0
+        for piece in self._pieces(source):
+            self._check_range(source, float(piece.min()), float(piece.max()))
+            flat[first : first + piece.size] = torch.from_numpy(piece)
+            first += piece.size
+        values = flat.view(shape)
         attention = self.spec.attention_sublayers()[0]
         if self._interleaved and ".attn_q." in source:
             return _half_split(values, attention, attention.num_heads)
@@ -129,30 +180,9 @@ class GGUFCheckpoint(Checkpoint):
             return _half_split(values, attention, attention.num_kv_heads)
         return values
 
-    def tensor(self, name: str) -> Tensor:
-        shape = self.spec.tensor_shapes()[name]
-        parts = [self._part(n) for n in source_names(GGUF_NAMES, self.spec, name)]
-        packed = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if tuple(packed.shape) != shape:
-            raise InputError(f"{self.path}: {name}: expected shape {list(shape)}, got {list(packed.shape)}")
-        return packed.contiguous()
-
     @functools.cached_property
-    def _assets(self) -> dict[str, bytes]:
-        if self._field("tokenizer.ggml.model") in (None, "no_vocab", "none"):  # a file of weights alone
-            return {}
-        try:
-            assets = tokenizer_assets(self.path.parent, gguf_file=self.path.name)
-        except Exception as error:  # the converters raise many types on vocabularies they do not know
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{self.path}: its tokenizer cannot be converted: {reason}") from error
-        ids = {
-            "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
-        }
-        known = {k: int(v) for k, v in ids.items() if v is not None}
-        assets[GENERATION_CONFIG_FILE] = json.dumps(known).encode()
-        return assets
+    def _assets(self) -> Mapping[str, bytes]:
+        return gguf_assets(self.path, self._metadata, self.spec.vocab_size)
 
     @property
     def assets(self) -> Mapping[str, bytes]:
@@ -163,9 +193,3 @@ def _half_split(values: Tensor, attention: AttentionSpec, heads: int) -> Tensor:
     """Rows of each head from interleaved pairs (0, D/2, 1, D/2 + 1, ...) to halves (0, 1, ..)."""
     pairs = values.view(heads, attention.head_dim // 2, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether the file begins with GGUF's magic."""
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"

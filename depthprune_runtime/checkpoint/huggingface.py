@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from depthprune_runtime.checkpoint.assets import one_line, transformers_config, transformers_tokenizer
 from depthprune_runtime.checkpoint.base import (
     CHAT_TEMPLATE_FILE,
     GENERATION_CONFIG_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    Checkpoint,
 )
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES, read_header
-from depthprune_runtime.errors import InputError
-from depthprune_runtime.families import FAMILIES, HF_NAMES, decoder_spec, source_names
+from depthprune_runtime.checkpoint.dense import DenseCheckpoint, StoredTensor, check_block_count, check_tensors
+from depthprune_runtime.checkpoint.gate import parse_json, read_object, reading
+from depthprune_runtime.checkpoint.mapped import MappedFile, WatchedFile
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.families import FAMILIES, HF_NAMES, decoder_spec
 
 _log = logging.getLogger("depthprune_runtime")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DOWNLOAD = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
 _TOKENIZER_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_PREFIX = "model."
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def download(repo_id: str) -> Path:
@@ -44,37 +50,83 @@ def download(repo_id: str) -> Path:
         raise InputError(f"{repo_id}: no such file or folder, and not to be had from the hub: {reason}") from error
 
 
-def tokenizer_assets(source: Path, **options: Any) -> dict[str, bytes]:
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a folder whose weights are codes that need scales. Raises InputError."""
+    described = next((key for key in _QUANTIZATION_KEYS if config.get(key)), None)
+    described = described or next((name for name in _QUANTIZATION_FILES if (folder / name).exists()), None)
+    if described is not None:
+        raise InputError(f"{folder}: quantized weights ({described}); expected a model in bf16, fp16 or fp32")
+
+
+def tokenizer_assets(folder: Path) -> dict[str, bytes]:
     """Tokenizer files as Transformers saves them: `tokenizer.json`, its config, the chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = transformers_tokenizer(folder)
     wanted = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {n: (Path(folder) / n).read_bytes() for n in wanted if (Path(folder) / n).is_file()}
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        return {n: (Path(saved) / n).read_bytes() for n in wanted if (Path(saved) / n).is_file()}
 
 
-class HuggingFaceCheckpoint(Checkpoint):
+def _shard(folder: Path, name: object) -> Path:
+    """File `name` of an index, which must lie in `folder` or below it."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in str(name):
+        raise InputError(
+            f"{folder / _INDEX}: weight_map: expected names of files in this folder, got {printable(repr(name))}"
+        )
+    return folder.joinpath(*parts)
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, of every tensor in the safetensors files of `folder`; empty where it has none.
+
+    Raises InputError for an index that is not one, or that names files that are not there.
+    """
+    index, single = folder / _INDEX, folder / _SINGLE
+    if not index.is_file():
+        with reading(single):
+            return {n: single for n in read_header(single) if n != "__metadata__"} if single.is_file() else {}
+    with reading(index):
+        content = parse_json(index.read_bytes(), str(index))
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict):
+        raise InputError(f"{index}: not a weight index: expected an object weight_map, got {type(listed).__name__}")
+    names = {name for name in listed.values() if isinstance(name, str)}
+    files = {name: _shard(folder, name) for name in names}
+    with reading(index):
+        missing = sorted(name for name, path in files.items() if not path.is_file())
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} shards are missing, {printable(missing[0])} first")
+    return {name: files[file] if file in names else _shard(folder, file) for name, file in listed.items()}
+
+
+class HuggingFaceCheckpoint(DenseCheckpoint):
     """A dense model of one of `families.FAMILIES`, packed tensor by tensor from mapped files.
 
     dtype: convert to this one; None keeps the dtype of the files.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None, name: str | None = None) -> None:
-        self.folder = folder
+        self.folder = self.where = folder
         self.source_files = (folder,)
         self.name = name or folder.name or str(folder)
-        config = self._config()
-        try:
-            self.spec = decoder_spec(config)
-        except KeyError as error:
-            raise InputError(f"{folder}: config.json has no key {error}") from error
-        except InputError as error:
-            raise InputError(f"{folder}: {error}") from error
-        self._files = self._weight_map()
-        self._open: dict[str, Any] = {}
-        self.dtype = dtype if dtype is not None else self._stored_dtype()
+        self._open: dict[Path, MappedFile] = {}
+        stored = self._stored_config()
+        self._files = weight_files(folder)
+        if not self._files:
+            raise InputError(f"{folder}: no weights; expected {_SINGLE} or {_INDEX}")
+        self.watched = tuple(WatchedFile(file) for file in set(self._files.values()))
+        self._stored = self._stored_tensors()
+        if "num_hidden_layers" in stored:  # before a config of that size is built
+            self._check_blocks(stored["num_hidden_layers"])
+        config = self._full_config()
+        self._check_blocks(config.get("num_hidden_layers"))
+        table = self._table()
+        self.dtype = dtype if dtype is not None else self._stored_dtype(table)
+        with reading(folder / "config.json"):
+            self._set_parts(table, decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)}))
+        unused = table[_HEAD] if self.spec.tie_word_embeddings else ()
+        check_tensors(folder, self._parts, self._stored, _FLOATS, unused)
         self.provenance = {
             "source": self.name,
             "format": "huggingface",
@@ -82,79 +134,88 @@ class HuggingFaceCheckpoint(Checkpoint):
             "blocks": config["num_hidden_layers"],
         }
 
-    def _config(self) -> dict[str, Any]:
+    def _stored_config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
         if not path.is_file():
             raise InputError(f"{self.folder}: no config.json; expected the folder of a Hugging Face model")
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
-        model_type = stored.get("model_type") if isinstance(stored, dict) else None
-        if model_type not in FAMILIES:
-            raise InputError(f"{path}: model_type: expected one of {sorted(FAMILIES)}, got {model_type!r}")
-        if stored.get("quantization_config"):
-            raise InputError(f"{path}: quantized weights; expected a model in bf16, fp16 or fp32")
-        from transformers import AutoConfig
+        stored = read_object(path)
+        model_type = stored.get("model_type")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise InputError(
+                f"{path}: model_type: expected one of {sorted(FAMILIES)}, got {printable(repr(model_type))}"
+            )
+        refuse_quantized(self.folder, stored)
+        return stored
 
+    def _full_config(self) -> dict[str, Any]:
         try:
-            return dict(AutoConfig.from_pretrained(self.folder).to_dict())  # fills every default
+            return dict(transformers_config(self.folder).to_dict())  # fills every default
         except Exception as error:  # the config classes raise many types on bad values
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{path}: refused by Transformers: {reason}") from error
+            raise InputError(f"{self.folder / 'config.json'}: refused by Transformers: {one_line(error)}") from error
 
-    def _weight_map(self) -> dict[str, Path]:
-        """Tensor name -> file."""
-        single, index = self.folder / _SINGLE, self.folder / _INDEX
-        if index.is_file():
-            try:
-                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{index}: not a weight index: {error}") from error
-            files = {name: self.folder / file for name, file in listed.items()}
-            missing = sorted({f.name for f in files.values() if not f.is_file()})
-            if missing:
-                raise InputError(f"{self.folder}: shards are missing: {missing}")
-            return files
-        if single.is_file():
-            return {name: single for name in read_header(single) if name != "__metadata__"}
-        raise InputError(f"{self.folder}: no weights; expected {_SINGLE} or {_INDEX}")
+    def _check_blocks(self, claimed: object) -> None:
+        check_block_count(claimed, self._stored, f"{self.folder / 'config.json'}: num_hidden_layers")
 
-    @functools.cached_property
-    def _headers(self) -> dict[Path, dict[str, Any]]:
-        return {path: read_header(path) for path in set(self._files.values())}
+    def _stored_tensors(self) -> dict[str, StoredTensor]:
+        headers = {}
+        for path in sorted(set(self._files.values())):
+            with reading(path):
+                headers[path] = read_header(path)
+        found = {}
+        for name, path in self._files.items():
+            if name == "__metadata__" or name not in headers[path]:
+                raise InputError(f"{path}: tensor {printable(name)}, which the index places here, is missing")
+            entry = headers[path][name]
+            with reading(path):
+                found[name] = StoredTensor(str(entry["dtype"]), tuple(entry["shape"]))
+        return found
 
-    def _stored_dtype(self) -> torch.dtype:
-        name = source_names(HF_NAMES, self.spec, "embed_tokens.weight")[0]
-        file = self._files.get(name)
-        stored = self._headers[file].get(name, {}).get("dtype") if file is not None else None
+    def _table(self) -> dict[str, tuple[str, ...]]:
+        """`HF_NAMES` with the names of these files: a base model saved alone has no prefix; embedding and head may be
+        one tensor under either name."""
+        table = dict(HF_NAMES)
+        if not any(name.startswith(_PREFIX) for name in self._stored):
+            table = {k: tuple(name.removeprefix(_PREFIX) for name in names) for k, names in table.items()}
+        return table
+
+    def _tied(self, config: Mapping[str, Any], table: dict[str, tuple[str, ...]]) -> bool:
+        """Whether embedding and head are one, by Transformers' rule: not where the files hold two that differ."""
+        embedding, head = table[_EMBEDDING][0], table[_HEAD][0]
+        if not config.get("tie_word_embeddings"):
+            if head not in self._stored and embedding in self._stored:
+                raise InputError(
+                    f"{self.folder}: tensor {head} is missing and tie_word_embeddings is false: a base model without "
+                    "its output head; save the model with it (AutoModelForCausalLM)"
+                )
+            return False
+        if head not in self._stored:
+            return True
+        if embedding not in self._stored:
+            table[_EMBEDDING] = (head,)
+            return True
+        if self._stored[head] == self._stored[embedding] and torch.equal(self._read(head), self._read(embedding)):
+            return True
+        _log.warning(
+            "%s: its config ties the output head to the embedding, but the files hold another head, which is used",
+            self.folder,
+        )
+        return False
+
+    def _stored_dtype(self, table: Mapping[str, tuple[str, ...]]) -> torch.dtype:
         by_name = {v: k for k, v in DTYPE_NAMES.items() if k.is_floating_point}
+        names = [name for name in (table[_EMBEDDING][0], table[_HEAD][0]) if name in self._stored]
+        stored = self._stored[names[0]].dtype if names else None
         if stored not in by_name:
-            raise InputError(f"{self.folder}: {name}: expected one of {sorted(by_name)}, got {stored}")
+            name = table[_EMBEDDING][0]
+            raise InputError(f"{self.folder}: {name}: expected one of {sorted(by_name)}, got {printable(stored)}")
         return by_name[stored]
 
-    def _read(self, name: str) -> Tensor:
-        path = self._files.get(name)
-        if path is None:
-            raise InputError(f"{self.folder}: tensor {name} is missing")
-        try:
-            if path.name not in self._open:
-                self._headers[path]
-                self._open[path.name] = safe_open(path, "pt")
-            tensor: Tensor = self._open[path.name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: {name}: {error}") from error
-        return tensor
-
-    def tensor(self, name: str) -> Tensor:
-        shape = self.spec.tensor_shapes()[name]
-        parts = [self._read(n).to(self.dtype) for n in source_names(HF_NAMES, self.spec, name)]
-        packed = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            packed = packed.expand(shape)  # one gain for all heads in the source
-        if tuple(packed.shape) != shape:
-            raise InputError(f"{self.folder}: {name}: expected shape {list(shape)}, got {list(packed.shape)}")
-        return packed.contiguous()
+    def _read(self, source: str) -> Tensor:
+        path = self._files[source]
+        with reading(path):
+            if path not in self._open:
+                self._open[path] = MappedFile(path)
+            return self._open[path].tensor(source)
 
     @functools.cached_property
     def _assets(self) -> dict[str, bytes]:
@@ -163,12 +224,12 @@ class HuggingFaceCheckpoint(Checkpoint):
             try:
                 assets = tokenizer_assets(self.folder)
             except Exception as error:  # tokenizer classes raise many types on damaged files
-                reason = " ".join(str(error).split())[:300]
-                raise InputError(f"{self.folder}: its tokenizer cannot be loaded: {reason}") from error
+                raise InputError(f"{self.folder}: its tokenizer cannot be loaded: {one_line(error)}") from error
         else:
             _log.warning("%s: no tokenizer (one of %s)", self.folder, ", ".join(_TOKENIZER_SOURCES))
         generation = self.folder / GENERATION_CONFIG_FILE
         if generation.is_file():
+            read_object(generation)
             assets[GENERATION_CONFIG_FILE] = generation.read_bytes()
         return assets
 

@@ -13,12 +13,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.checkpoint.assets import one_line, transformers_config, transformers_tokenizer
+from depthprune_runtime.checkpoint.container import read_header
+from depthprune_runtime.checkpoint.dense import check_block_count
+from depthprune_runtime.checkpoint.gate import read_object, reading
+from depthprune_runtime.checkpoint.huggingface import refuse_quantized, weight_files
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.pruning.other_blocks import family_of
 
 Encode = Callable[[str], list[int]]  # text -> token ids, without special tokens
 
 PLAN_FILE = "depthprune_plan.json"
+_COUNT_KEYS = ("num_hidden_layers", "n_layer")  # converted Mamba configs carry the second
+_FLOATS = ("BF16", "F16", "F32", "F64", "bfloat16", "float16", "float32", "float64")
 _TOKENIZER_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Files beside the weights that stay true of the pruned model.
 _CARRIED = (
@@ -32,11 +39,6 @@ _CARRIED = (
     "generation_config.json",
     "LICENSE*",
 )
-
-
-def one_line(error: BaseException) -> str:
-    """Its message, cut to fit one."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -63,22 +65,50 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"{folder}: no config.json; expected the folder of a Hugging Face model")
     if (folder / PLAN_FILE).exists():
         raise InputError(f"{folder}: expected a dense model, got one already pruned; prune its dense parent")
+    stored = read_object(path)
+    with reading(path):
+        family_of(stored.get("model_type"))
+    refuse_quantized(folder, stored)
+    names = _check_weights(folder)
+    for key in _COUNT_KEYS:
+        if key in stored:  # before a config of that size is built
+            check_block_count(stored[key], names, f"{path}: {key}")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    try:
-        family_of(stored.get("model_type") if isinstance(stored, dict) else None)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    if stored.get("quantization_config"):
-        raise InputError(f"{path}: quantized weights; expected a model in bf16, fp16 or fp32")
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers_config(folder)
     except Exception as error:  # the config classes raise many types on bad values
         raise InputError(f"{path}: refused by Transformers: {one_line(error)}") from error
+    check_block_count(config.num_hidden_layers, names, f"{path}: num_hidden_layers")
+    return config
+
+
+def _stored_dtypes(folder: Path) -> dict[str, str]:
+    """Tensor name -> dtype in the files, without reading the weights."""
+    found: dict[str, str] = {}
+    for path in sorted(set(weight_files(folder).values())):
+        with reading(path):
+            found |= {name: entry["dtype"] for name, entry in read_header(path).items() if name != "__metadata__"}
+    if found:
+        return found
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        try:
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+            found |= {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+        except Exception as error:  # a pickle raises many types
+            raise InputError(f"{path}: not a weight file: {one_line(error)}") from error
+    return found
+
+
+def _check_weights(folder: Path) -> list[str]:
+    """Names of the tensors in `folder`, all of them weights rather than codes, which Transformers would cast."""
+    found = _stored_dtypes(folder)
+    if not found:
+        raise InputError(f"{folder}: no weights; expected model.safetensors or model.safetensors.index.json")
+    for name, dtype in found.items():
+        if dtype not in _FLOATS:
+            raise InputError(
+                f"{folder}: {printable(name)}: expected weights in bf16, fp16 or fp32, got {printable(dtype)}"
+            )
+    return list(found)
 
 
 def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -88,7 +118,11 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
     loader: Any = AutoModelForCausalLM  # its types do not know output_loading_info
     try:
         model, info = loader.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except MemoryError:
         raise
@@ -100,20 +134,25 @@ def load_model(folder: Path, dtype: torch.dtype | None) -> Any:
     if info["unexpected_keys"]:  # for example more blocks than the config says
         extra = sorted(info["unexpected_keys"])
         raise InputError(f"{folder}: {len(extra)} weights that its config does not know, such as {extra[0]}")
+    for name, parameter in model.named_parameters():
+        if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{folder}: {name}: expected finite weights, got infinite values or NaN in {kind}; if the files hold "
+                "finite ones, use bfloat16 or float32"
+            )
     return model
 
 
 def load_encode(folder: Path) -> Encode:
     """The model's tokenizer as a function."""
-    from transformers import AutoTokenizer
-
     if not any((folder / name).is_file() for name in _TOKENIZER_SOURCES):
         # Transformers would make an empty tokenizer from the model type, without a word
         raise InputError(
             f"{folder}: it carries no tokenizer, so text cannot be used; put {_TOKENIZER_SOURCES[0]} beside the weights"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers_tokenizer(folder)
     except Exception as error:  # the tokenizer classes raise many types
         raise InputError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -157,6 +196,6 @@ def write_folder(model: Any, source: Path, path: Path, plan: Mapping[str, Any]) 
         model.save_pretrained(folder)
         for pattern in _CARRIED:
             for file in source.glob(pattern):
-                if file.is_file():
+                if file.is_file() and file.suffix != ".py":  # code is not carried on
                     shutil.copyfile(file, folder / file.name)
         (folder / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")

@@ -322,27 +322,39 @@ def test_bad_models(tmp_path):
     refused("no config.json")
     (tmp_path / "config.json").write_text("{")
     refused("not JSON")
-    for stored in ({"model_type": "llama"}, {"model_type": "rwkv5"}, {}, []):
+    (tmp_path / "config.json").write_text("[]")
+    refused("expected a JSON object, got list")
+    for stored in ({"model_type": "llama"}, {"model_type": "rwkv5"}, {}):
         (tmp_path / "config.json").write_text(json.dumps(stored))
         refused("model_type: expected one of mamba, falcon_mamba, mamba2, rwkv, got")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "quantization_config": {"bits": 4}}))
     refused("quantized")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": "wide"}))
-    refused("refused by Transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    refused("no weights")
 
     pico.save(build("mamba"), tmp_path, tokenizer=False)
+    config = (tmp_path / "config.json").read_text()
+    for changes, message in [
+        ({"hidden_size": "wide"}, "refused by Transformers"),
+        ({"num_hidden_layers": 10**9}, r"expected at most 5, .* got 1000000000: backbone\.layers\.5\.\* is missing"),
+        ({"n_layer": 10**9}, "n_layer: expected at most 5"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({**json.loads(config), **changes}))
+        refused(message)
+    (tmp_path / "config.json").write_text(config)
     weights = load_file(tmp_path / "model.safetensors")
     name = "backbone.layers.1.mixer.D"
     for changed, message in [
         ({k: v for k, v in weights.items() if k != name}, f"1 weights are missing, such as {name}"),
         (weights | {"backbone.layers.5.mixer.D": weights[name].clone()}, "1 weights that its config does not know"),
         (weights | {name: weights[name][:-1].clone()}, "refused by Transformers"),
-        (weights | {name: weights[name] * float("nan")}, r"blocks \[1, 2, 3, 4\] are not finite"),
+        (weights | {name: weights[name] * float("nan")}, f"{name}: expected finite weights"),
+        (weights | {name: weights[name].to(torch.float8_e4m3fn)}, f"{name}: expected weights in bf16.* got F8_E4M3"),
     ]:
         save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
         refused(message)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    refused("refused by Transformers")
+    refused("truncated or not a safetensors file")
     for tokenizer, message in [(None, "carries no tokenizer"), ("{", "its tokenizer cannot be read")]:
         if tokenizer is not None:
             (tmp_path / "tokenizer.json").write_text(tokenizer)
