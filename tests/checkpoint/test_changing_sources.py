@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from gguf_files import write_gguf
 
 from depthprune_runtime import InputError, prune, quantize
 from depthprune_runtime.checkpoint import open_checkpoint, write_native
@@ -38,8 +40,6 @@ def flip(path, at, keep_time=False):
 
 
 def middle_of(path, name):
-    import json
-
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     return 8 + length + sum(json.loads(data[8 : 8 + length])[name]["data_offsets"]) // 2
@@ -116,3 +116,31 @@ def test_a_file_that_is_replaced_as_a_whole_does_no_harm(source, pico_file, tmp_
     other.replace(source)
     write_native(tmp_path / "out" / "x", dense)
     assert (tmp_path / "out" / "x").read_bytes() == pico_file.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "gguf"])
+def test_other_sources_are_watched_too(pico_llama, tmp_path, kind):
+    """In a process of its own, as above."""
+    (tmp_path / "out").mkdir()
+    if kind == "gguf":
+        model = file = tmp_path / "model.gguf"
+        write_gguf(pico_llama[0], file)
+    else:
+        model = shutil.copytree(pico_llama[1], tmp_path / "model")
+        file = model / "model.safetensors"
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from depthprune_runtime.checkpoint import open_checkpoint, write_native\n"
+        "from depthprune_runtime import InputError\n"
+        f"checkpoint = open_checkpoint({str(model)!r}); checkpoint.tensor('norm.weight').sum(); checkpoint.assets\n"
+        f"os.truncate({str(file)!r}, 20_000)\n"
+        "for use in (lambda: checkpoint.tensor('sublayers.10.o_proj.weight').sum(), checkpoint.check_unchanged,\n"
+        f"            lambda: write_native(Path({str(tmp_path / 'out' / 'x')!r}), checkpoint)):\n"
+        "    try: use()\n"
+        "    except InputError as error: assert 'wrote to it since it was opened' in str(error), error\n"
+        "    else: sys.exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != -signal.SIGBUS
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
