@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, append_rows, environment, print_json
+from common import append_rows, environment, print_json
 from peers.measure import CASES, run_group, skipped, split_groups
 from peers.rows import Ratios, rows_of
 from peers.runtimes import PRECISIONS, RUNTIMES, Candidate, Files, SkippedError
@@ -125,7 +125,7 @@ def main() -> None:
             if args.discard:
                 files.discard()
             if found and not args.no_record:  # at once: a run that is stopped keeps what it has
-                append_rows(args.results, found, RESULTS)
+                append_rows(args.results, found)
             if not args.json:
                 print("\n".join(line(row) for row in found), flush=True)
     if args.json:

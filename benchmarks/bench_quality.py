@@ -1,20 +1,24 @@
 """Quality of every method at several depths, with and without repair: one CSV row a configuration.
 
     python benchmarks/bench_quality.py WEIGHTS.gguf [--variants "shortgpt;flattengpt"] [--blocks 0,3,6]
-        [--repairs none,ridge] [--seeds 0,1,2] [--calibration wikitext2] [--tasks piqa,... --limit 500]
+        [--repairs none,ridge] [--seeds 0,1,2] [--calibration wikitext2] [--tasks piqa,... --limit 500 --offset 0]
+        [--work FOLDER]
 
 FinerCut's search is kept between depths of one variant: the time of a row that finds its sub-layers there (largest
-depth first) is that of the rest. Perplexity is WikiText-2 test as it stands, the first 32 windows of 1024 tokens;
-zero-shot accuracy only with --tasks. Rows that are there already for this version of the code are not measured
-again. Needs $DEPTHPRUNE_DATA (or the extra [data]). Every configuration runs in a process of its own, so that its
-peak memory is its own.
+depth first) is that of the rest. Perplexity is WikiText-2 test as it stands, the first 32 windows of 1024 tokens.
+Zero-shot tasks are scored on their first 500 rows (--tasks "" leaves them out); rows after them are there to tune
+on (--offset 500). Which rows were right goes to quality_rows.csv. Rows that are there already for this version of
+the code are not measured again: what was interrupted can be run again. --work keeps the pruned files and searches,
+so that other tasks or rows of the same configuration need no pruning. Needs $DEPTHPRUNE_DATA (or the extra [data]).
+Every configuration runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, append_rows, environment, print_json
+import zero_shot
+from common import append_rows, environment, is_clean, print_json, recorded_rows
 
 WINDOWS = 32
 SEQ_LEN = 1024
@@ -88,49 +93,43 @@ def prune_variant(task: dict[str, Any]) -> Any:
     )
 
 
-def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: prune (or take the dense model) and score."""
+def pruned(task: dict[str, Any]) -> dict[str, Any]:
+    """Prune, unless it was done before; what it cost and what is left."""
     import resource
 
+    done = Path(task["output"]).with_suffix(".json")
+    if done.exists():
+        return json.loads(done.read_text())  # type: ignore[no-any-return]
+    start = time.perf_counter()
+    result = prune_variant(task)
+    found = {
+        "parameters": result.spec.num_parameters(),
+        "sparsity": round(result.sparsity, 4),
+        "prune_s": round(time.perf_counter() - start, 1),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+    done.write_text(json.dumps(found))
+    return found
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: prune (or take the dense model) and score."""
     from depthprune_runtime import Runtime, perplexity
+    from depthprune_runtime.evaluation.tasks import evaluate, load_tasks
     from depthprune_runtime.texts import load_text
 
-    start = time.perf_counter()
-    if task["blocks"]:
-        result = prune_variant(task)
-        parameters, sparsity = result.spec.num_parameters(), result.sparsity
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    cost = pruned(task) if task["blocks"] else {"prune_s": 0.0, "peak_mb": 0, "sparsity": 0.0}
     runtime = Runtime.load(task["output"] if task["blocks"] else task["dense"])
-    if not task["blocks"]:
-        parameters, sparsity = runtime.spec.num_parameters(), 0.0
     found = perplexity(runtime, load_text("wikitext2-test"), SEQ_LEN, WINDOWS)
+    start = time.perf_counter()
+    results = evaluate(runtime, load_tasks(task["tasks"], task["limit"], task["offset"])) if task["tasks"] else []
     return {
-        "parameters": parameters,
-        "sparsity": round(sparsity, 4),
+        **cost,
+        "parameters": runtime.spec.num_parameters(),
         "perplexity": round(found.perplexity, 3),
-        "prune_s": round(seconds, 1),
-        "peak_mb": round(peak),
-        "accuracy": json.dumps(accuracies(runtime, task)) if task["tasks"] else "",
+        "zero_shot_s": round(time.perf_counter() - start, 1),
+        "results": zero_shot.to_json(results),
     }
-
-
-def accuracies(runtime: Any, task: dict[str, Any]) -> dict[str, float]:
-    from depthprune_runtime.evaluation.tasks import evaluate, load_tasks
-
-    results = evaluate(runtime, load_tasks(task["tasks"], task["limit"]))
-    return {r.task: round(r.metrics["acc"].value, 4) for r in results}
-
-
-def done(path: Path) -> set[tuple[str, ...]]:
-    """Configurations that have a row."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
-
-
-KEY = ("variant", "blocks_fewer", "repair", "calibration", "seed", "tasks", "commit")
 
 
 def main() -> None:
@@ -141,8 +140,10 @@ def main() -> None:
     parser.add_argument("--repairs", default="none,ridge")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--calibration", default="wikitext2")
-    parser.add_argument("--tasks", default="", help="zero-shot tasks, separated by commas")
-    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--tasks", default=",".join(zero_shot.TASKS), help="zero-shot tasks, separated by commas")
+    parser.add_argument("--limit", type=int, default=zero_shot.LIMIT)
+    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="folder that keeps pruned files")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -151,10 +152,16 @@ def main() -> None:
         return
     from depthprune_runtime import import_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder) / "dense.safetensors"
-        import_model(args.weights, dense)
-        rows = [row for task in tasks(args) if (row := run(args, task, dense))]
+    commit = environment()["commit"]
+    args.keep = args.work is not None and is_clean(commit)  # of another state of the tree, nothing is used again
+    with contextlib.ExitStack() as stack:
+        work = args.work if args.keep else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work.mkdir(parents=True, exist_ok=True)
+        wanted = [task for task in tasks(args) if not known(args, task)]
+        dense = work / f"dense-{args.weights.stem}-{commit}.safetensors"
+        if wanted and not dense.exists():
+            import_model(args.weights, dense)
+        rows = [run(args, task, dense) for task in wanted]
     if args.json:
         print_json(rows)
 
@@ -169,37 +176,65 @@ def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
     return wanted
 
 
-def run(args: argparse.Namespace, task: dict[str, Any], dense: Path) -> dict[str, Any] | None:
-    place = environment()
-    labels = {
+def task_names(args: argparse.Namespace) -> list[str]:
+    return [t for t in args.tasks.split(",") if t]
+
+
+def labels_of(args: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
+    return {
         "model": "SmolLM2-135M-Instruct bf16",
         "variant": task["variant"],
         "blocks_fewer": task["blocks"],
         "repair": task["repair"],
         "calibration": args.calibration,
         "seed": task["seed"],
-        "tasks": args.tasks,
+        "tasks": zero_shot.label(task_names(args), args.limit, args.offset),
     }
-    if tuple(str({**labels, **place}[k]) for k in KEY) in done(RESULTS / "quality.csv"):
-        return None
-    names = [t for t in args.tasks.split(",") if t]
-    order = {**task, "calibration": args.calibration, "dense": str(dense), "tasks": names, "limit": args.limit}
-    order["output"] = str(dense.with_name("pruned.safetensors"))
-    order["state"] = str(dense.with_name(f"{task['variant']}-{args.calibration}-{task['seed']}.json"))
+
+
+def known(args: argparse.Namespace, task: dict[str, Any]) -> bool:
+    """Whether the configuration has a row of this commit."""
+    labels = {**labels_of(args, task), **environment()}
+    key = tuple(str(labels[k]) for k in zero_shot.KEY)
+    return key in {tuple(row[k] for k in zero_shot.KEY) for row in recorded_rows("quality")}
+
+
+def run(args: argparse.Namespace, task: dict[str, Any], dense: Path) -> dict[str, Any]:
+    place = environment()
+    labels = labels_of(args, task)
+    order = {**task, "calibration": args.calibration, "dense": str(dense), "tasks": task_names(args)}
+    order |= {"limit": args.limit, "offset": args.offset}
+    output = dense.with_name(file_name(labels, place["commit"]) + ".safetensors")
+    order["output"] = str(output)
+    order["state"] = str(dense.with_name(file_name({**labels, "blocks_fewer": "", "repair": ""}, place["commit"])))
     done_process = subprocess.run(
         [sys.executable, __file__, str(args.weights), "--worker", json.dumps(order)],
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    row = {**labels, **json.loads(done_process.stdout.splitlines()[-1]), **place}
+    found = json.loads(done_process.stdout.splitlines()[-1])
+    if not args.keep:
+        output.unlink(missing_ok=True)
+        output.with_suffix(".json").unlink(missing_ok=True)
+    results = zero_shot.from_json(found["results"])
+    columns = ("parameters", "sparsity", "perplexity", "prune_s", "peak_mb")
+    row = {**labels, **{name: found[name] for name in columns}}
+    row |= {"accuracy": json.dumps(zero_shot.scores(results)) if results else "", **place}
+    if results:  # first, so that a row of quality.csv always has its single rows
+        append_rows("quality_rows", zero_shot.single_rows({**labels, "commit": place["commit"]}, results))
     append_rows("quality", [row])
     if not args.json:
         print(
             f"{task['variant']:<28} {task['blocks']:>2} fewer  repair {task['repair']:<6} seed {task['seed']}  "
             f"{row['parameters']:>12,}  perplexity {row['perplexity']:>8.2f}  {row['prune_s']:>6.0f} s  "
-            f"{row['peak_mb']:>6} MB  {row['accuracy']}",
+            f"{row['peak_mb']:>6} MB  zero-shot in {found['zero_shot_s']:.0f} s {row['accuracy']}",
             flush=True,
         )
     return row
+
+
+def file_name(labels: dict[str, Any], commit: str) -> str:
+    parts = [labels[k] for k in ("variant", "blocks_fewer", "repair", "calibration", "seed")]
+    return "-".join(re.sub(r"\W+", "_", str(part)) for part in (*parts, commit))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+UNCOMMITTED = "uncommitted"  # ignored by git
 _PACKAGES = ("torch", "transformers", "triton")
 
 
@@ -99,8 +100,31 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def append_rows(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> Path:
-    """Append `rows` to `<name>.csv`; the columns of a file never change silently."""
+def is_clean(commit: str) -> bool:
+    """Whether the tree was that commit's, so that a row can be measured again."""
+    return not commit.endswith("+")
+
+
+def recorded_rows(name: str) -> list[dict[str, str]]:
+    """Published rows of `<name>.csv`; none where it is not there."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_rows(name: str, rows: Sequence[Mapping[str, Any]], folder: Path | None = None) -> Path:
+    """Append `rows` to `<name>.csv`; the columns of a file never change silently.
+
+    Without a folder they go to benchmarks/results, which is published. Rows of a tree that differs from its commit
+    go to the folder `uncommitted` in it instead, which git ignores: nobody could measure them again.
+    """
+    folder = folder or RESULTS
+    if folder == RESULTS and not all(is_clean(str(row["commit"])) for row in rows):
+        folder = folder / UNCOMMITTED
+        folder.mkdir(exist_ok=True)
+        print(f"the tree has changes without a commit: rows go to {folder / name}.csv", file=sys.stderr)
     path = folder / f"{name}.csv"
     columns = list(rows[0])
     if path.exists():

@@ -31,6 +31,11 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_int(owner: str, name: str, value: object, minimum: int) -> None:
+    # no kernel counts further, and Python does not print every integer
+    _require(
+        not isinstance(value, int) or abs(value) < 2**31,
+        f"{owner}.{name}: expected an integer below 2**31, got a larger one",
+    )
     good = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
     _require(good, f"{owner}.{name}: expected an integer >= {minimum}, got {value!r}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from depthprune_runtime.engine.engine import Engine
 from depthprune_runtime.engine.inputs import Inputs
 from depthprune_runtime.engine.params import SamplingParams
-from depthprune_runtime.engine.sampler import RequestSampler, sample_batch
+from depthprune_runtime.engine.sampler import RequestSampler, sample_batch, seen_tokens
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.spec import DecoderSpec
@@ -41,11 +42,15 @@ def engine(spec: DecoderSpec, kv_blocks: int | None = None, kv_block_size: int =
     return Engine(decoder(spec), Inputs("random", spec, None, {}), kv_block_size=kv_block_size, **options)
 
 
+def sampler_of(params: SamplingParams, prompt: Sequence[int], stream: int, vocab_size: int) -> RequestSampler:
+    return RequestSampler(params, seen_tokens(prompt, vocab_size, CPU), stream, vocab_size)
+
+
 @functools.cache
 def solo(spec: DecoderSpec, prompt: tuple[int, ...], params: SamplingParams, output_index: int = 0) -> tuple[int, ...]:
     """Tokens of one output: every step runs the whole text again."""
     model = decoder(spec)
-    sampler = RequestSampler(params, prompt, output_index, spec.vocab_size, CPU)
+    sampler = sampler_of(params, prompt, output_index, spec.vocab_size)
     ids = list(prompt)
     with torch.inference_mode():
         for _ in range(min(params.max_tokens, spec.max_position_embeddings - len(prompt))):

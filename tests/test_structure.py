@@ -25,7 +25,15 @@ MAY_IMPORT = {
     "quantized": {"errors"},
     "panels": {"_C"},
     "checkpoint": {"errors", "fields", "spec", "plan", "families", "quantized"},
-    "tokenizer": {"errors", "checkpoint", "heap"},
+    "detokenizer": set(),
+    "text_stream": {"detokenizer"},
+    "template_meter": set(),
+    "template_operations": {"template_meter"},
+    "template_sandbox": {"template_meter", "template_operations"},
+    "chat_template": {"errors", "template_sandbox"},
+    "generation_config": {"checkpoint"},
+    "token_lengths": set(),
+    "tokenizer": {"errors", "checkpoint", "heap", "detokenizer", "text_stream", "chat_template", "token_lengths"},
     "texts": {"errors"},
     "placement": {"errors"},
     "heap": set(),
@@ -63,6 +71,7 @@ MAY_IMPORT = {
     },
     "engine": {
         "errors",
+        "generation_config",
         "heap",
         "huge_pages",
         "panels",
@@ -154,7 +163,8 @@ def test_the_package_and_its_help_are_light():
 def test_loading_and_generating_needs_no_transformers(pico_file):
     code = (
         "import sys; from depthprune_runtime import Runtime; "
-        f"Runtime.load({str(pico_file)!r}, device='cpu').generate('the', max_new_tokens=2); "
+        f"r = Runtime.load({str(pico_file)!r}, device='cpu'); r.generate('the', max_new_tokens=2); "
+        "r.chat([{'role': 'user', 'content': 'the'}], max_new_tokens=2); "
         "print('transformers' in sys.modules)"
     )
     assert run(code).strip() == "False"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.checkpoint.gate import parse_object
+from depthprune_runtime.checkpoint.gate import parse_object, read_object
 from depthprune_runtime.errors import InputError, printable
 
 # The tokenizers library walks all ids up to the largest when it saves; vocabularies end below a million.
@@ -21,6 +22,12 @@ def check_token_id(value: object, what: str) -> int:
     return value
 
 
+def _check_vocabulary(vocab: Mapping[str, Any], what: str) -> None:
+    for token, value in vocab.items():
+        if not (type(value) is int and 0 <= value <= MAX_TOKEN_ID):
+            check_token_id(value, f"{what}: token {printable(repr(token), 60)}")
+
+
 def check_tokenizer_json(data: bytes, what: str) -> None:
     """Refuse a tokenizer.json whose ids would make the tokenizers library fill the memory.
 
@@ -32,10 +39,7 @@ def check_tokenizer_json(data: bytes, what: str) -> None:
     content = parse_object(data, what)
     model = content.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocab, dict):
-        for token, value in vocab.items():
-            if not (type(value) is int and 0 <= value <= MAX_TOKEN_ID):
-                check_token_id(value, f"{what}: token {printable(repr(token), 60)}")
+    _check_vocabulary(vocab if isinstance(vocab, dict) else {}, what)
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict):
@@ -69,18 +73,20 @@ def one_line(error: BaseException) -> str:
     return printable(" ".join(str(error).split()), 300) or type(error).__name__
 
 
-def transformers_config(folder: Any) -> Any:
+def transformers_config(folder: Path) -> Any:
     """Transformers' config of the model in `folder`; no Python from the folder runs."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def transformers_tokenizer(folder: Any) -> Any:
+def transformers_tokenizer(folder: Path) -> Any:
     """Transformers' tokenizer of the model in `folder`; no Python from the folder runs, nothing is asked."""
     from transformers import AutoTokenizer
 
-    path = folder / "tokenizer.json"
+    path, vocab = folder / "tokenizer.json", folder / "vocab.json"
     if path.is_file():
         check_tokenizer_json(path.read_bytes(), str(path))
+    elif vocab.is_file():
+        _check_vocabulary(read_object(vocab), str(vocab))
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -43,6 +43,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         self.name = path.name
         self.path = self.where = path
         headers = read_gguf_parts(path)
+        self.source_files = tuple(header.path for header in headers)
         self._metadata = headers[0].metadata
         self._homes: dict[str, GGUFHeader] = {name: header for header in headers for name in header.tensors}
         kinds = sorted({t.kind.name for header in headers for t in header.tensors.values()})

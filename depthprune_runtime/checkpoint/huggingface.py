@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ _log = logging.getLogger("depthprune_runtime")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DOWNLOAD = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -63,18 +65,17 @@ def tokenizer_assets(folder: Path) -> dict[str, bytes]:
     tokenizer = transformers_tokenizer(folder)
     wanted = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
     with tempfile.TemporaryDirectory() as saved:
-        tokenizer.save_pretrained(saved)
+        one = not isinstance(tokenizer.chat_template, dict)  # several go into the tokenizer's config
+        tokenizer.save_pretrained(saved, save_jinja_files=one)
         return {n: (Path(saved) / n).read_bytes() for n in wanted if (Path(saved) / n).is_file()}
 
 
-def _shard(folder: Path, name: object) -> Path:
-    """File `name` of an index, which must lie in `folder` or below it."""
+def _file_name(name: object) -> str:
+    """A value of an index, which must name a file in the folder or below it."""
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or parts[0] == "/" or ".." in parts or "\0" in str(name):
-        raise InputError(
-            f"{folder / _INDEX}: weight_map: expected names of files in this folder, got {printable(repr(name))}"
-        )
-    return folder.joinpath(*parts)
+    if not isinstance(name, str) or not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+        raise InputError(f"weight_map: expected names of files in this folder, got {printable(repr(name))}")
+    return name
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -91,13 +92,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict):
         raise InputError(f"{index}: not a weight index: expected an object weight_map, got {type(listed).__name__}")
-    names = {name for name in listed.values() if isinstance(name, str)}
-    files = {name: _shard(folder, name) for name in names}
     with reading(index):
+        files = {name: folder / name for name in dict.fromkeys(map(_file_name, listed.values()))}
         missing = sorted(name for name, path in files.items() if not path.is_file())
     if missing:
         raise InputError(f"{folder}: {len(missing)} shards are missing, {printable(missing[0])} first")
-    return {name: files[file] if file in names else _shard(folder, file) for name, file in listed.items()}
+    return {name: files[file] for name, file in listed.items()}
 
 
 class HuggingFaceCheckpoint(DenseCheckpoint):
@@ -127,6 +127,8 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             self._set_parts(table, decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)}))
         unused = table[_HEAD] if self.spec.tie_word_embeddings else ()
         check_tensors(folder, self._parts, self._stored, _FLOATS, unused)
+        # what Transformers makes a generation config of where there is none
+        self._special_ids = {n: config[n] for n in _SPECIAL_IDS if config.get(n) is not None}
         self.provenance = {
             "source": self.name,
             "format": "huggingface",
@@ -229,8 +231,9 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             _log.warning("%s: no tokenizer (one of %s)", self.folder, ", ".join(_TOKENIZER_SOURCES))
         generation = self.folder / GENERATION_CONFIG_FILE
         if generation.is_file():
-            read_object(generation)
             assets[GENERATION_CONFIG_FILE] = generation.read_bytes()
+        elif self._special_ids:
+            assets[GENERATION_CONFIG_FILE] = json.dumps(self._special_ids).encode()
         return assets
 
     @property

@@ -86,7 +86,7 @@ def _perplexity(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from depthprune_runtime.evaluation.tasks import evaluate, load_tasks, render
 
-    tasks = load_tasks([name.strip() for name in args.tasks.split(",") if name.strip()], args.limit)
+    tasks = load_tasks([name.strip() for name in args.tasks.split(",") if name.strip()], args.limit, args.offset)
     results = evaluate(load(args), tasks, args.batch_tokens, progress(args))
     if args.json:
         print_json([result.to_json() for result in results])
@@ -132,10 +132,11 @@ def add_evaluate(commands: Any, common: Parser) -> None:
         "--tasks",
         required=True,
         metavar="NAME,...",
-        help="FILE.jsonl[.gz]; the name of such a file in $DEPTHPRUNE_DATA (arc_easy, hellaswag, openbookqa, piqa, "
-        "winogrande); or any task of lm-eval, with the extra [eval]",
+        help="FILE.jsonl[.gz]; the name of such a file in $DEPTHPRUNE_DATA (arc_easy, lambada_openai and so on); or "
+        "any task of lm-eval, with the extra [eval]",
     )
-    p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    p.add_argument("--limit", type=int, metavar="N", help="only N rows of each task")
+    p.add_argument("--offset", type=int, default=0, metavar="N", help="leave out the first N rows of each file")
     p.add_argument("--batch-tokens", type=int, default=4096, metavar="T", help="tokens in a pass (default 4096)")
     add_placement(p, "to compute in")
     p.set_defaults(run=_evaluate)

@@ -20,9 +20,11 @@ from typing import Any
 
 from depthprune_runtime.engine.engine import Engine
 from depthprune_runtime.engine.errors import EngineDead
-from depthprune_runtime.engine.inputs import Prompt, RequestGroup
+from depthprune_runtime.engine.inputs import RequestGroup
 from depthprune_runtime.engine.outputs import EngineStats, OutputDelta
 from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.process import Process
+from depthprune_runtime.engine.prompts import Prompt
 
 _Loop = asyncio.AbstractEventLoop
 _News = OutputDelta | BaseException
@@ -86,7 +88,7 @@ class AsyncEngine:
         self._gate = threading.Lock()  # guards _dead against calls that would never be answered
         self._dead: EngineDead | None = None
         self._closing = False
-        self._draining = False
+        self._process = Process("the AsyncEngine")
         self._thread = threading.Thread(target=self._run, name="depthprune-engine", daemon=True)
         self._thread.start()
 
@@ -98,6 +100,7 @@ class AsyncEngine:
         priority: int = 0,
     ) -> RequestStream:
         """Queue a prompt; refusals (InputError, EngineFull, EngineDead) are raised here, before any output."""
+        await self.check_health()
         loop = asyncio.get_running_loop()
         group = await asyncio.to_thread(self._engine.prepare, prompt, sampling_params, request_id, priority)
         stream = RequestStream(self, group.request_id, loop)
@@ -148,12 +151,19 @@ class AsyncEngine:
         """Why nothing more is accepted; None while all is well."""
         return self._dead
 
+    async def check_health(self) -> None:
+        """Raise EngineDead once the engine has stopped, from the exception that stopped it. Does not wait for it."""
+        if self._dead is not None:
+            raise EngineDead(str(self._dead)) from self._dead.__cause__
+        self._process.check_thread()
+
     async def close(self, drain: bool = False) -> None:
         """Stop: let requests finish (`drain`) or end them with finish_reason "abort"; accepts nothing new meanwhile."""
         await asyncio.to_thread(self.shutdown, drain)
 
     def shutdown(self, drain: bool = False) -> None:
         """`close` for callers without an event loop; returns when the thread has ended."""
+        self._process.check_thread()
         with self._gate:
             if self._dead is None:
                 self._inbox.put(lambda: self._begin_closing(drain))
@@ -173,6 +183,7 @@ class AsyncEngine:
             except BaseException as error:
                 future.set_exception(error)
 
+        self._process.check_thread()
         with self._gate:
             if self._dead is not None:
                 raise EngineDead(str(self._dead)) from self._dead.__cause__

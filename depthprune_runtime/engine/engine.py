@@ -13,35 +13,33 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from depthprune_runtime.engine.errors import EngineDead
-from depthprune_runtime.engine.inputs import Inputs, Prompt, RequestGroup
+from depthprune_runtime.engine.inputs import Inputs, Limits, RequestGroup
 from depthprune_runtime.engine.kv_blocks import KVBlockPool
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.engine.memory import KVMemory, default_kv_memory, kv_bytes, num_kv_blocks
 from depthprune_runtime.engine.outputs import EngineStats, Logprob, OutputDelta, RequestOutput
-from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.params import MAX_OUTPUTS, SamplingParams
+from depthprune_runtime.engine.process import Process
+from depthprune_runtime.engine.prompts import Prompt
 from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.runner import Runner
-from depthprune_runtime.engine.sampler import RequestSampler, sample_batch, top_logprobs
+from depthprune_runtime.engine.samplers import Choice, Likely, Samplers
 from depthprune_runtime.engine.scheduler import Chunk, Scheduler
+from depthprune_runtime.engine.values import integer
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.decoder import Decoder
 
 KV_BLOCK_SIZE = 16  # tokens
-_DAMAGED = "logits are not finite: the weights are damaged, or overflow in this dtype; try dtype float32"
+_MAX_SEQS = 2**16
+_MAX_COUNT = 2**31 - 1
 _log = logging.getLogger("depthprune_runtime")
-
-Alternatives = dict[int, Logprob]
-
-
-def _at_least(name: str, value: int, least: int, why: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name}: expected an integer >= {least}{why}, got {value!r}")
 
 
 class Engine:
@@ -54,6 +52,16 @@ class Engine:
     equal beginnings; decode_steps: tokens a request that may be computed before the engine looks at them, 1 to 16,
     while none waits and all are greedy or (on a GPU) sampled without filters, penalties and log-probabilities: their
     deltas come in bursts of as many. On a CPU a burst ends with the first request that does, and after 20 ms.
+
+    A request's tokens depend on its prompt and seed; what runs beside it may change the last bits of its logits, and so
+    a choice between tokens that are almost equally likely. On a CPU that takes a step of more than 64 tokens (long
+    prompts, many requests), for which other kernels serve, or a piece of a prompt of so few tokens that decode's
+    attention serves: up to 16 divided by the query heads of a KV head, as a tight `max_num_batched_tokens`, a cached
+    beginning or a preemption leave them. Log-probabilities of bfloat16 then differ by some hundredths, of float32 by
+    1e-6. On a GPU steps of 1 and of more requests differ likewise.
+
+    max_n, max_logprobs: outputs of one prompt, and alternatives reported with each token, that a request may ask for;
+    n is at most max_waiting, too.
     """
 
     def __init__(
@@ -68,13 +76,20 @@ class Engine:
         max_waiting: int | None = 1024,
         enable_prefix_caching: bool = True,
         decode_steps: int = 8,
+        max_n: int = 128,
+        max_logprobs: int = 20,
     ) -> None:
-        _at_least("kv_block_size", kv_block_size, 1)
-        _at_least("max_num_seqs", max_num_seqs, 1)
-        _at_least("max_num_batched_tokens", max_num_batched_tokens, max_num_seqs, " (max_num_seqs)")
+        kv_block_size = integer("kv_block_size", kv_block_size, 1, _MAX_SEQS)
+        max_num_seqs = integer("max_num_seqs", max_num_seqs, 1, _MAX_SEQS)
+        max_num_batched_tokens = integer(
+            "max_num_batched_tokens", max_num_batched_tokens, max_num_seqs, _MAX_COUNT, " (max_num_seqs)"
+        )
         if max_waiting is not None:
-            _at_least("max_waiting", max_waiting, 1)
-        _at_least("decode_steps", decode_steps, 1)
+            max_waiting = integer("max_waiting", max_waiting, 1, _MAX_COUNT)
+        decode_steps = integer("decode_steps", decode_steps, 1, _MAX_COUNT)
+        max_n = integer("max_n", max_n, 1, MAX_OUTPUTS)
+        max_logprobs = integer("max_logprobs", max_logprobs, 0, _MAX_COUNT)
+        self._limits = Limits(min(max_n, max_waiting or max_n), max_logprobs)
         self.inputs = inputs
         self._decoder = decoder
         memory = kv_bytes(default_kv_memory(decoder.device) if kv_memory is None else kv_memory, decoder.device)
@@ -89,9 +104,10 @@ class Engine:
         self._runner = Runner(decoder, self._cache, max_num_seqs)
         self._decode_steps = min(decode_steps, self._runner.max_steps)
         self._groups: dict[str, RequestGroup] = {}
-        self._samplers: dict[int, RequestSampler] = {}  # by arrival
+        self._samplers = Samplers(decoder.spec.vocab_size, decoder.device)
         self._news: list[OutputDelta] = []  # of aborted requests, for the next step
         self._numbers = itertools.count()
+        self._process = Process("the engine")
         self._closed = False
         self._cause: BaseException | None = None
         self._num_steps = self._num_finished = self._num_output_tokens = 0
@@ -113,20 +129,16 @@ class Engine:
         priority: int = 0,
     ) -> RequestGroup:
         """The first half of `add_request`: everything that needs no state of the engine. Any thread may call it."""
-        if request_id is None:
-            request_id = f"request-{next(self._numbers)}"
-        return self.inputs.group(prompt, sampling_params, request_id, priority)
+        if request_id is None:  # random, so that no caller's own id is the same
+            request_id = f"request-{next(self._numbers)}-{secrets.token_hex(8)}"
+        return self.inputs.group(prompt, sampling_params, request_id, priority, limits=self._limits)
 
     def add(self, group: RequestGroup) -> str:
         """Queue a prepared request; the second half of `add_request`."""
         self._require_alive()
         if group.request_id in self._groups:
             raise InputError(f"request_id: {group.request_id!r} is in use by an unfinished request")
-        size, device = self._decoder.spec.vocab_size, self._decoder.device
-        samplers = [RequestSampler(r.params, group.prompt_ids, r.output_index, size, device) for r in group.requests]
         self._scheduler.add(group.requests)
-        for request, sampler in zip(group.requests, samplers, strict=True):
-            self._samplers[request.arrival] = sampler
         self._groups[group.request_id] = group
         return group.request_id
 
@@ -153,9 +165,10 @@ class Engine:
         """Compute one batch; what it brought each output, and the ends of those aborted since the last step.
 
         A request that fails alone ends with finish_reason "error". An exception from here is a defect or a lost
-        device: the engine has then stopped for good.
+        device: the engine has then stopped for good. InputError behind a fork, where OpenMP's threads are missing.
         """
         self._require_alive()
+        self._process.check(self._decoder.device)
         try:
             deltas, self._news = self._news, []
             chunks = self._scheduler.schedule()
@@ -168,8 +181,8 @@ class Engine:
 
     def _compute(self, chunks: list[Chunk]) -> list[OutputDelta]:
         steps = self._steps_ahead(chunks)
-        if steps > 1:
-            samplers = [self._samplers[c.request.arrival] for c in chunks]
+        samplers = self._samplers.of_all([c.request for c in chunks]) if steps > 1 else None
+        if samplers is not None:
             tokens = self._runner.run_ahead(chunks, samplers, steps)
             self._num_steps += len(tokens)
             return self._take_ahead(chunks, tokens.tolist())
@@ -183,7 +196,8 @@ class Engine:
             return 1
         requests = [c.request for c in chunks]
         steps = min(self._decode_steps, *(r.max_new_tokens - r.num_output_tokens for r in requests))
-        if steps <= 1 or not self._runner.may_run_ahead(requests, [self._samplers[r.arrival] for r in requests]):
+        samplers = self._samplers.of_all(requests) if steps > 1 else None
+        if samplers is None or not self._runner.may_run_ahead(requests, samplers):
             return 1
         return steps if self._scheduler.reserve(chunks, steps) else 1
 
@@ -192,7 +206,7 @@ class Engine:
         for row in tokens:
             for (request, *_), token in zip(chunks, row, strict=True):
                 if not request.finished:  # what a request computed after its end is dropped
-                    deltas.append(self._advance(request, token, None))
+                    deltas.append(self._advance(request, Choice.of(token)))
         for request, *_ in chunks:
             if not request.finished:
                 self._scheduler.catch_up(request)
@@ -200,40 +214,35 @@ class Engine:
 
     def _sample(self, chunks: Sequence[Chunk], logits: Tensor) -> list[OutputDelta]:  # [R, V]
         requests = [c.request for c in chunks if c.samples]
-        tokens = sample_batch(logits, [self._samplers[r.arrival] for r in requests])
-        rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None and tokens[i] >= 0]
-        found: dict[int, list[tuple[int, float, int]]] = {}
-        if rows:
-            counts = [requests[i].params.logprobs or 0 for i in rows]
-            wanted = logits if len(rows) == len(requests) else logits[rows]
-            found = dict(zip(rows, top_logprobs(wanted, [tokens[i] for i in rows], counts), strict=True))
-        return [self._advance(r, t, found.get(i)) for i, (r, t) in enumerate(zip(requests, tokens, strict=True))]
+        return [self._advance(*pair) for pair in zip(requests, self._samplers.choose(requests, logits), strict=True)]
 
-    def _advance(self, request: Request, token: int, likely: list[tuple[int, float, int]] | None) -> OutputDelta:
+    def _advance(self, request: Request, choice: Choice) -> OutputDelta:
         """Give a request its next token; whatever goes wrong with it is its own end only."""
         before = len(request.token_ids)
-        if token < 0:
-            request.fail(_DAMAGED)
+        if choice.error is not None:
+            request.fail(choice.error)
         else:
             try:
-                alternatives = None
-                if likely is not None:
-                    alternatives = {t: Logprob(p, rank, self.inputs.token_text(t)) for t, p, rank in likely}
-                request.append(token, alternatives)
+                request.append(choice.token, self._alternatives(choice.likely))
             except Exception as error:
-                request.fail(f"its text cannot be decoded: {type(error).__name__}: {error}")
+                _fail_in_text(request, error)
         new = tuple(request.token_ids[before:])
         self._num_output_tokens += len(new)
-        return self._delta(request, new, damaged=token < 0)
+        return self._delta(request, new, damaged=choice.error is not None)
+
+    def _alternatives(self, likely: Likely | None) -> dict[int, Logprob] | None:
+        if likely is None:
+            return None
+        return {t: Logprob(p, rank, self.inputs.token_text(t)) for t, p, rank in likely}
 
     def _delta(self, request: Request, new: tuple[int, ...], damaged: bool = False) -> OutputDelta:
         """News of a request; takes it out if it has ended."""
-        result = None
+        text, result = _new_text(request), None
         if request.finish_reason is not None:
             if request.error is not None:
                 _log.warning("request %s failed: %s", request.request_id, request.error)
             self._scheduler.remove(request, damaged)
-            del self._samplers[request.arrival]
+            self._samplers.drop(request)
             self._num_finished += 1
             group = self._groups[request.request_id]
             group.num_unfinished -= 1
@@ -246,7 +255,7 @@ class Engine:
         return OutputDelta(
             request.request_id,
             request.output_index,
-            request.take_news(),
+            text,
             new,
             logprobs,
             request.finish_reason,
@@ -293,7 +302,8 @@ class Engine:
     def _stop(self, cause: BaseException | None) -> None:
         if not self._closed:
             self._closed, self._cause = True, cause
-            self._groups, self._samplers, self._news = {}, {}, []
+            self._groups, self._news = {}, []
+            del self._samplers
             self._cache.pairs.clear()
             del self._runner  # its decode step holds the tensors, too
 
@@ -305,8 +315,19 @@ class Engine:
     def check(self) -> None:
         """Assert the invariants of scheduler and pool. For tests."""
         self._scheduler.check()
-        unfinished = {r.arrival for g in self._groups.values() for r in g.requests if not r.finished}
-        assert unfinished == set(self._samplers)
+        self._samplers.check({r.arrival for g in self._groups.values() for r in g.requests if not r.finished})
+
+
+def _fail_in_text(request: Request, error: Exception) -> None:
+    request.fail(f"its text cannot be decoded: {type(error).__name__}: {error}")
+
+
+def _new_text(request: Request) -> str:
+    try:
+        return request.take_news()
+    except Exception as error:
+        _fail_in_text(request, error)
+        return ""
 
 
 def _result(group: RequestGroup) -> RequestOutput:

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.params import MAX_OUTPUTS, SamplingParams
+from depthprune_runtime.engine.prompts import Prompt, text_and_ids
 from depthprune_runtime.engine.request import Request
+from depthprune_runtime.engine.stop_strings import StopStrings
+from depthprune_runtime.engine.values import as_integer, integer, refuse, shown, token_ids, unicode_text
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
 _DEFAULT_NEW_TOKENS = 128
+_LONG_TOKENS = 8  # characters: texts of longer ones on average are rare
+_MAX_ID_LENGTH = 256  # characters of a request's id
+_log = logging.getLogger("depthprune_runtime")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; more is refused before anything is made of it.
+
+    max_n: outputs per prompt; max_logprobs: alternatives reported with each token.
+    """
+
+    max_n: int = MAX_OUTPUTS
+    max_logprobs: int = 2**31 - 1
+
+    def check(self, params: SamplingParams) -> None:
+        if params.n > self.max_n:
+            raise InputError(f"n: expected at most {self.max_n} (max_n and max_waiting), got {params.n}")
+        if (params.logprobs or 0) > self.max_logprobs:
+            raise InputError(f"logprobs: expected at most {self.max_logprobs} (max_logprobs), got {params.logprobs}")
 
 
 @dataclasses.dataclass
 class RequestGroup:
-    """A prompt and its outputs. prompt: None where token ids were given."""
+    """A prompt and its outputs. prompt: None where only token ids were given."""
 
     request_id: str
     prompt: str | None
@@ -47,8 +69,26 @@ class Inputs:
         self.spec = spec
         self.tokenizer = tokenizer
         self._missing = "it was loaded with skip_tokenizer_init" if skipped else "it carries no tokenizer"
-        self.default_sampling_params = _default_params(config)
-        self._eos_ids = _eos_ids(config, tokenizer)
+        self.default_sampling_params = _default_params(name, config)
+        self._eos_ids = self._ends(_eos_ids(config, tokenizer))
+
+    def _ends(self, stated: Iterable[object]) -> frozenset[int]:
+        """The ids of `stated` that the model has; one warning names the others."""
+        found, wrong = set(), []
+        for value in stated:
+            token = as_integer(value)
+            if token is not None and 0 <= token < self.spec.vocab_size:
+                found.add(token)
+            else:
+                wrong.append(value)
+        if wrong:
+            _log.warning(
+                "%s: its generation config names end tokens %s, expected ids below %d; outputs do not end at them",
+                self.name,
+                shown(wrong),
+                self.spec.vocab_size,
+            )
+        return frozenset(found)
 
     def require_tokenizer(self, otherwise: str = "text cannot be used; give token ids") -> Tokenizer:
         """The tokenizer; otherwise: what is impossible without it, for the message."""
@@ -56,36 +96,43 @@ class Inputs:
             raise InputError(f"{self.name}: {self._missing}, so {otherwise}")
         return self.tokenizer
 
-    def check_ids(self, ids: Sequence[int], what: str) -> None:
-        if ids and min(ids) >= 0 and max(ids) < self.spec.vocab_size:
-            return
-        wrong = next((i for i in ids if not 0 <= i < self.spec.vocab_size), None)
-        if wrong is not None:
-            raise InputError(f"{what}: expected token ids below {self.spec.vocab_size}, got {wrong}")
-
-    def check_length(self, length: int, what: str, room: int) -> None:
+    def check_length(self, length: int, what: str, room: int, at_least: bool = False) -> None:
         most = self.spec.max_position_embeddings - room
         if length > most:
             raise InputError(
                 f"{what}: expected at most {most} tokens (the model's context is "
-                f"{self.spec.max_position_embeddings}), got {length}; shorten it"
+                f"{self.spec.max_position_embeddings}), got {'at least ' if at_least else ''}{length}; shorten it"
             )
 
-    def encode(self, prompt: Prompt, what: str = "prompt") -> list[int]:
-        """Token ids of `prompt`, with room for at least one more."""
-        ids = self.require_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def encode(self, text: str, params: SamplingParams, what: str = "prompt") -> list[int]:
+        """Token ids of `text`. What cannot fit is refused before it is tokenised, which takes long."""
+        unicode_text(what, text)
+        tokenizer = self.require_tokenizer()
+        if len(text) > _LONG_TOKENS * self.spec.max_position_embeddings and (lengths := tokenizer.token_lengths):
+            self.check_length(lengths.least(text), what, room=1, at_least=True)
+        return tokenizer.encode(text, params.add_special_tokens, params.split_special_tokens)
+
+    def prompt(self, prompt: Prompt, params: SamplingParams, what: str = "prompt") -> tuple[str | None, list[int]]:
+        """Text of `prompt`, if known, and its token ids, with room for at least one more."""
+        text, given = text_and_ids(prompt, what)
+        ids = self.encode(text or "", params, what) if given is None else given
+        ids = token_ids(what, ids, self.spec.vocab_size)
         if not ids:
             raise InputError(f"{what}: empty; expected at least one token")
-        if not all(isinstance(t, int) for t in ids):
-            raise InputError(f"{what}: expected a string or a sequence of token ids, got {type(prompt).__name__}")
-        self.check_ids(ids, what)
         self.check_length(len(ids), what, room=1)
-        return ids
+        return text, ids
 
-    def params(self, params: SamplingParams | None, options: Mapping[str, Any] | None = None) -> SamplingParams:
+    def params(
+        self,
+        params: SamplingParams | None,
+        options: Mapping[str, Any] | None = None,
+        limits: Limits = Limits(),
+    ) -> SamplingParams:
         """`params`, or the model's own, with `options` replaced; validated anew."""
         options = dict(options or {})
         if "max_new_tokens" in options:
+            if "max_tokens" in options:
+                raise InputError("max_new_tokens: another name of max_tokens; expected one of them, got both")
             options["max_tokens"] = options.pop("max_new_tokens")
         known = {f.name for f in dataclasses.fields(SamplingParams)}
         unknown = sorted(set(options) - known)
@@ -94,6 +141,8 @@ class Inputs:
         if params is not None and not isinstance(params, SamplingParams):
             raise InputError(f"sampling_params: expected SamplingParams, got {type(params).__name__}")
         chosen = dataclasses.replace(params or self.default_sampling_params, **options)
+        limits.check(chosen)
+        token_ids("stop_token_ids", chosen.stop_token_ids, self.spec.vocab_size)
         if chosen.stop:
             self.require_tokenizer("stop strings cannot be seen; use stop_token_ids")
         return chosen
@@ -105,16 +154,16 @@ class Inputs:
         request_id: str,
         priority: int = 0,
         what: str = "prompt",
+        limits: Limits = Limits(),
     ) -> RequestGroup:
-        """The outputs of one prompt, ready to be queued."""
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InputError(f"priority: expected an integer, lower is sooner, got {priority!r}")
-        if not isinstance(request_id, str):
-            raise InputError(f"request_id: expected a string, got {request_id!r}")
-        if not isinstance(prompt, str | Sequence):
-            raise InputError(f"{what}: expected a string or a sequence of token ids, got {type(prompt).__name__}")
-        ids = self.encode(prompt, what)
-        params = self.params(params)
+        """The outputs of one prompt, ready to be queued: what comes from outside is checked here, and nowhere later."""
+        priority = integer("priority", priority, -(2**31), 2**31 - 1, ", lower is sooner")
+        _check_request_id(request_id)
+        params = self.params(params, limits=limits)
+        text, ids = self.prompt(prompt, params, what)
+        stream = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, ids)
+        stops = StopStrings(params.stop_strings) if params.stop_strings else None
+        stop_tokens = self._stop_tokens(params)
         requests = [
             Request(
                 request_id,
@@ -123,39 +172,57 @@ class Inputs:
                 params,
                 self._eos_ids,
                 self.spec.max_position_embeddings,
-                None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens),
+                None if stream is None else stream.fork(),
                 priority,
+                stops,
+                stop_tokens,
             )
             for index in range(params.n)
         ]
-        return RequestGroup(request_id, prompt if isinstance(prompt, str) else None, tuple(ids), requests, params.n)
+        return RequestGroup(request_id, text, tuple(ids), requests, params.n)
+
+    def _stop_tokens(self, params: SamplingParams) -> dict[int, str]:
+        """Id -> stop string, where that is a special token: left out of the text, it could not be found there."""
+        if self.tokenizer is None or not params.stop_strings or not params.skip_special_tokens:
+            return {}
+        special = self.tokenizer.detokenizer.special
+        return {i: text for i, text in special.items() if text in params.stop_strings}
 
     def token_text(self, token: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
+        return None if self.tokenizer is None else self.tokenizer.detokenizer.token_text(token)
 
 
-def listed(prompts: Prompt | Sequence[Prompt]) -> list[tuple[str, Prompt]]:
-    """(name for messages, prompt) of a single prompt or each of several."""
-    single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
-    found: list[Any] = [prompts] if single else list(prompts)
-    if not found:
-        raise InputError("prompts: expected at least one prompt, got none")
-    return [("prompt" if len(found) == 1 else f"prompts[{i}]", p) for i, p in enumerate(found)]
+def _check_request_id(request_id: object) -> None:
+    good = isinstance(request_id, str) and 0 < len(request_id) <= _MAX_ID_LENGTH and request_id.isprintable()
+    if not good:
+        refuse("request_id", f"a string of 1 to {_MAX_ID_LENGTH} printable characters", request_id)
 
 
-def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[object]:
     stated = config.get("eos_token_id")
-    ids = stated if isinstance(stated, list) else [stated]
+    ids = list(stated) if isinstance(stated, list) else [stated]
     if tokenizer is not None:
-        ids = list(itertools.chain(ids, [tokenizer.special_token_id("eos_token")]))
-    return frozenset(i for i in ids if isinstance(i, int))
+        ids.append(tokenizer.special_token_id("eos_token"))
+    return [i for i in ids if i is not None]
 
 
-def _default_params(config: Mapping[str, Any]) -> SamplingParams:
-    """The model's generation config where it asks for sampling, else greedy."""
-    if not config.get("do_sample"):
-        penalty = config.get("repetition_penalty")
-        return SamplingParams(temperature=0.0, max_tokens=_DEFAULT_NEW_TOKENS, repetition_penalty=penalty or 1.0)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    stated = {n: config[n] for n in names if config.get(n) is not None}
+def _default_params(name: str, config: Mapping[str, Any]) -> SamplingParams:
+    """The model's generation config where it asks for sampling, else greedy; one warning names what it has wrong."""
+    stated: dict[str, Any] = {}
+    wrong = []
+    for field in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        if config.get(field) is not None:
+            try:
+                SamplingParams(**{field: config[field]})
+                stated[field] = config[field]
+            except InputError as error:
+                wrong.append(str(error))
+    samples = config.get("do_sample") or False
+    if not isinstance(samples, bool):
+        wrong.append(f"do_sample: expected true or false, got {shown(samples)}")
+        samples = False
+    if wrong:
+        _log.warning("%s: its generation config has values that are left out: %s", name, "; ".join(wrong))
+    if not samples:
+        stated = {"temperature": 0.0, "repetition_penalty": stated.get("repetition_penalty", 1.0)}
     return SamplingParams(max_tokens=_DEFAULT_NEW_TOKENS, **stated)

@@ -77,13 +77,14 @@ class RequestOutputs(list[RequestOutput]):
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """News of one running output: text and tokens since the last chunk."""
+    """News of one running output: text and tokens since the last chunk. error: why it failed alone."""
 
     request_index: int
     output_index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    error: str | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.engine.stop_strings import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
+from depthprune_runtime.engine.values import as_integer, boolean, integer, listed_values, number, refuse, unicode_text
 
-
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise InputError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+GREEDY_BELOW = 1e-5  # temperatures, as in vLLM
+MAX_OUTPUTS = 16384  # of one prompt, as in vLLM
+MAX_STOP_TOKEN_IDS = 1024
+_MAX_TOKENS = 2**31 - 1
+_MAX_TEMPERATURE = 1e4
+_STOP = "non-empty strings"
+_PENALTIES = (0.01, 100.0)  # float32 logits times or by these stay finite
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling of one request.
+    """Sampling of one request. Values out of range are refused with InputError.
 
-    temperature: 0 is greedy; top_k: 0 or -1 keeps all; top_p, min_p: probability mass and share of the
-    largest probability; repetition_penalty: > 1 lowers the logits of tokens seen in prompt or output;
-    seed: None draws a fresh one; stop: strings that end the output (left out of it unless
-    include_stop_str_in_output); stop_token_ids: ids that end it; max_tokens: new tokens at most;
-    logprobs: how many alternatives to report with each token; n: outputs per prompt.
+    n: outputs per prompt, 1 to 16384 (an engine allows `max_n`); temperature: 0 to 10000, greedy below 1e-5;
+    top_k: 0 or -1 keeps all; top_p, min_p: probability mass and share of the largest probability;
+    repetition_penalty: 0.01 to 100, > 1 lowers the logits of tokens seen in prompt or output; seed: None draws a fresh
+    one, else 0 to 2**64 - 1; stop: at most 256 strings of at most 4096 characters together, which end the
+    output (left out of it unless include_stop_str_in_output; a special token's text also ends it where
+    skip_special_tokens leaves that token out); stop_token_ids: ids that end it, at most 1024; max_tokens: new tokens at
+    most, cut to what the context leaves; logprobs: how many alternatives to report with each token (an engine allows
+    `max_logprobs`); add_special_tokens: begin a text prompt with what the tokenizer adds, such as a BOS;
+    split_special_tokens: read special tokens in a text prompt as ordinary text.
     The order is penalty, temperature, top_k, top_p, min_p, as in Transformers.
     """
 
@@ -47,25 +46,31 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    add_special_tokens: bool = True
+    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        _require(_whole(self.n, 1), "n", "an integer >= 1", self.n)
-        _require(_number(self.temperature) and self.temperature >= 0, "temperature", "a number >= 0", self.temperature)
-        _require(_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
-        _require(_whole(self.top_k, -1), "top_k", "an integer >= -1 (0 and -1: all)", self.top_k)
-        _require(_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p)
-        penalty = self.repetition_penalty
-        _require(_number(penalty) and penalty > 0, "repetition_penalty", "a number > 0", penalty)
-        _require(self.seed is None or _whole(self.seed, 0), "seed", "None or an integer >= 0", self.seed)
-        _require(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings", self.stop)
-        _require(all(_whole(i, 0) for i in self.stop_token_ids), "stop_token_ids", "token ids", self.stop_token_ids)
-        _require(_whole(self.max_tokens, 1), "max_tokens", "an integer >= 1", self.max_tokens)
-        _require(
-            self.logprobs is None or _whole(self.logprobs, 0), "logprobs", "None or an integer >= 0", self.logprobs
-        )
+        temperature = number("temperature", self.temperature, 0.0, _MAX_TEMPERATURE)
+        checked = {
+            "n": integer("n", self.n, 1, MAX_OUTPUTS),
+            "temperature": 0.0 if temperature < GREEDY_BELOW else temperature,
+            "top_p": number("top_p", self.top_p, 0.0, 1.0, above=True),
+            "top_k": integer("top_k", self.top_k, -1, _MAX_TOKENS, " (0 and -1: all)"),
+            "min_p": number("min_p", self.min_p, 0.0, 1.0),
+            "repetition_penalty": number("repetition_penalty", self.repetition_penalty, *_PENALTIES),
+            "seed": None if self.seed is None else integer("seed", self.seed, 0, 2**64 - 1),
+            "stop": _stop_strings(self.stop),
+            "stop_token_ids": _stop_ids(self.stop_token_ids),
+            "ignore_eos": boolean("ignore_eos", self.ignore_eos),
+            "max_tokens": min(_at_least("max_tokens", self.max_tokens, 1), _MAX_TOKENS),
+            "logprobs": None if self.logprobs is None else integer("logprobs", self.logprobs, 0, _MAX_TOKENS),
+            "skip_special_tokens": boolean("skip_special_tokens", self.skip_special_tokens),
+            "include_stop_str_in_output": boolean("include_stop_str_in_output", self.include_stop_str_in_output),
+            "add_special_tokens": boolean("add_special_tokens", self.add_special_tokens),
+            "split_special_tokens": boolean("split_special_tokens", self.split_special_tokens),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
@@ -74,3 +79,32 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return self.stop if isinstance(self.stop, tuple) else tuple(self.stop)
+
+
+def _at_least(name: str, value: object, least: int) -> int:
+    found = as_integer(value)
+    if found is None or found < least:
+        refuse(name, f"an integer >= {least}", value)
+    return found
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else () if stop is None else listed_values("stop", stop, _STOP)
+    for text in found:
+        if not isinstance(text, str) or not text:
+            refuse("stop", _STOP, stop)
+        unicode_text("stop", text)
+    if len(found) > MAX_STOP_STRINGS:
+        refuse("stop", f"at most {MAX_STOP_STRINGS} strings", len(found))
+    characters = sum(map(len, found))
+    if characters > MAX_STOP_CHARACTERS:
+        refuse("stop", f"at most {MAX_STOP_CHARACTERS} characters together", characters)
+    return tuple(found)
+
+
+def _stop_ids(ids: object) -> tuple[int, ...]:
+    """Each once; whether the model has them is for `Inputs` to say."""
+    given = () if ids is None else listed_values("stop_token_ids", ids, "a sequence of token ids")
+    if len(given) > MAX_STOP_TOKEN_IDS:
+        refuse("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids", len(given))
+    return tuple(dict.fromkeys(_at_least("stop_token_ids", token, 0) for token in given))

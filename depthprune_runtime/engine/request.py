@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 from depthprune_runtime.engine.kv_blocks import BlockTable
 from depthprune_runtime.engine.outputs import CompletionOutput, FinishReason, Logprob
 from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.stop_strings import StopStrings
 
 
 class TextSource(Protocol):
@@ -23,7 +25,9 @@ class Request:
 
     request_id, output_index: whose output it is; prompt_ids: the prompt's tokens; params: how to sample; eos_ids: ids
     that end it; max_length: prompt and output together, by the model's context; text: None where the checkpoint has
-    no tokenizer; priority: lower is sooner.
+    no tokenizer; priority: lower is sooner; stops: what finds the stop strings, None if there are none; stop_tokens: id
+    -> stop string, of special tokens that are left out of the text and end it as stop strings. end_ids: every token
+    that ends it.
 
     The scheduler's part: arrival (its number, unique), key (its place in line), table and num_computed (tokens whose
     keys and values are in the cache), seat (its row among the running), blocked_at (see `Scheduler`).
@@ -39,6 +43,8 @@ class Request:
         max_length: int,
         text: TextSource | None,
         priority: int = 0,
+        stops: StopStrings | None = None,
+        stop_tokens: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.request_id = request_id
         self.output_index = output_index
@@ -55,10 +61,13 @@ class Request:
         self.num_cached_tokens = 0  # of the prompt, when it was first admitted
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
         self._stop_ids = frozenset(params.stop_token_ids)
-        self._stop_strings = params.stop_strings
+        self._stop_tokens = stop_tokens
+        self.end_ids = sorted(self._eos_ids | self._stop_ids | stop_tokens.keys())
+        self._stops = stops
+        self._stop_state = 0
         self._source = text
-        self._text = ""
-        self._sent = 0
+        self._sent: list[str] = []  # text handed out
+        self._unsent = ""
 
         self.arrival = -1
         self.key = (0, 0)
@@ -89,18 +98,13 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end it."""
-        return sorted(self._eos_ids | self._stop_ids)
-
-    @property
     def max_cached_tokens(self) -> int:
         """Tokens in the cache at its longest; the last token of an output is never fed back."""
         return self.num_prompt_tokens + self.max_new_tokens - 1
 
     @property
     def text(self) -> str:
-        return self._text
+        return "".join(self._sent) + self._unsent
 
     def append(self, token_id: int, alternatives: dict[int, Logprob] | None = None) -> None:
         """Take one sampled token and decide whether the output ends with it."""
@@ -112,11 +116,13 @@ class Request:
             self._finish("stop", None, flush=True)
         elif token_id in self._stop_ids:
             self._finish("stop", token_id, flush=True)
+        elif token_id in self._stop_tokens:
+            self._finish("stop", self._stop_tokens[token_id], flush=True)
+            if self.params.include_stop_str_in_output and self.stop_reason == self._stop_tokens[token_id]:
+                self._unsent += self._stop_tokens[token_id]
         else:
-            searched = len(self._text)
-            if self._source is not None:
-                self._text += self._source.push(token_id)
-            if not self._cut_at_stop_string(searched) and self.num_output_tokens >= self.max_new_tokens:
+            stopped = self._source is not None and self._write(self._source.push(token_id))
+            if not stopped and self.num_output_tokens >= self.max_new_tokens:
                 self._finish("length", None, flush=True)
 
     def abort(self) -> None:
@@ -132,37 +138,35 @@ class Request:
         self.finish_reason = reason
         self.stop_reason = stop
         if flush and self._source is not None:
-            searched = len(self._text)
-            self._text += self._source.flush()
-            self._cut_at_stop_string(searched)
+            self._write(self._source.flush())
 
-    def _cut_at_stop_string(self, searched: int) -> bool:
-        """End the text at the earliest stop string, if one ends after its first `searched` characters."""
-        found = [(at, s) for s in self._stop_strings if (at := self._text.find(s, max(0, searched - len(s) + 1))) >= 0]
-        if not found:
+    def _write(self, piece: str) -> bool:
+        """Take one more piece of text; whether a stop string ends the output in it."""
+        before = len(self._unsent)
+        self._unsent += piece
+        if self._stops is None:
             return False
-        at, stop = min(found)
-        self._text = self._text[: at + len(stop)] if self.params.include_stop_str_in_output else self._text[:at]
-        self._finish("stop", stop, flush=False)
+        self._stop_state, match = self._stops.scan(self._stop_state, piece)
+        if match is None:
+            return False
+        end = before + match.start + (len(match.stop) if self.params.include_stop_str_in_output else 0)
+        self._unsent = self._unsent[:end]
+        self._finish("stop", match.stop, flush=False)
         return True
 
     def take_news(self) -> str:
         """Text not yet handed out; a tail that may become a stop string waits until that is decided."""
-        held = 0
-        if not self.finished:
-            for stop in self._stop_strings:
-                longest = min(len(stop) - 1, len(self._text))
-                tail = next((n for n in range(longest, 0, -1) if self._text.endswith(stop[:n])), 0)
-                held = max(held, tail)
-        end = len(self._text) - held
-        news = self._text[self._sent : end]
-        self._sent = max(self._sent, end)
+        held = 0 if self.finished or self._stops is None else self._stops.held(self._stop_state)
+        end = len(self._unsent) - held
+        news, self._unsent = self._unsent[:end], self._unsent[end:]
+        if news:
+            self._sent.append(news)
         return news
 
     def output(self) -> CompletionOutput:
         return CompletionOutput(
             index=self.output_index,
-            text=self._text,
+            text=self.text,
             token_ids=tuple(self.output_ids),
             cumulative_logprob=self.cumulative_logprob,
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),

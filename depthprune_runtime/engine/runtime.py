@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,23 @@ from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.engine.engine import KV_BLOCK_SIZE, Engine
-from depthprune_runtime.engine.inputs import Inputs, Prompt, RequestGroup, listed
+from depthprune_runtime.engine.inputs import Inputs, RequestGroup
 from depthprune_runtime.engine.kv_cache import kv_blocks_needed
 from depthprune_runtime.engine.memory import default_kv_memory, free_memory, kv_block_bytes
 from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, RequestOutputs, StreamChunk
 from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.process import Process
+from depthprune_runtime.engine.prompts import Prompt, listed
+from depthprune_runtime.engine.values import refuse, token_ids
 from depthprune_runtime.engine.weights import decoder_weights
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.generation_config import generation_config
 from depthprune_runtime.heap import return_free_heap
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.placement import resolve_device, resolve_dtype
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.tokenizer import Tokenizer, generation_config
+from depthprune_runtime.tokenizer import CHAT_OPTIONS, Tokenizer
 
 _log = logging.getLogger("depthprune_runtime")
 
@@ -49,6 +54,7 @@ class Runtime:
         skip_tokenizer_init: bool = False,
     ) -> None:
         self.name = checkpoint.name
+        self._process = Process(f"the model {checkpoint.name}")
         self.spec: DecoderSpec = checkpoint.spec
         self.plan: Mapping[str, Any] | None = checkpoint.plan
         self.provenance: Mapping[str, Any] = checkpoint.provenance
@@ -87,6 +93,8 @@ class Runtime:
         tokenizer out, for callers that have their own: prompts are token ids, outputs have no text, and what ends them
         unasked is only the `eos_token_id` of the generation config.
         """
+        if not isinstance(model, str | os.PathLike) or not str(model):
+            refuse("model", "a file, a folder or a hub id", model)
         wanted = resolve_dtype(dtype)
         target = resolve_device(device)
         checkpoint = open_checkpoint(model, wanted, verify)
@@ -106,6 +114,7 @@ class Runtime:
 
     def engine(self, **options: Any) -> Engine:
         """An engine over this model, for serving; options: the keyword arguments of `Engine`."""
+        self._process.check(self.device)
         return Engine(self.decoder, self._inputs, **options)
 
     def generate(
@@ -116,9 +125,13 @@ class Runtime:
     ) -> RequestOutputs:
         """Generate from a string, token ids, or a list of either, of any lengths.
 
+        prompts: vLLM's dictionaries {"prompt": text} and {"prompt_token_ids": ids} count as a string and as token ids;
         sampling_params: defaults to `default_sampling_params`; options: its fields by keyword, such as
         `temperature=0.7`; `max_new_tokens` is another name of `max_tokens`. Returns a list, one
         RequestOutput a prompt, that prints as the text.
+
+        An output that fails alone has finish_reason "error" and says why in `error`; the others are as ever. Raises
+        InputError if all fail, and for what can never run, before anything runs.
         """
         groups = self._groups(prompts, sampling_params, options)
         done = {d.result.request_id: d.result for d in self._run(groups) if d.result is not None}
@@ -139,7 +152,7 @@ class Runtime:
             key = (int(delta.request_id), delta.output_index)
             ids = pending.pop(key, ()) + delta.token_ids
             if delta.text or delta.finish_reason is not None:
-                yield StreamChunk(*key, delta.text, ids, delta.finish_reason)
+                yield StreamChunk(*key, delta.text, ids, delta.finish_reason, delta.error)
             else:
                 pending[key] = ids
 
@@ -149,24 +162,39 @@ class Runtime:
         sampling_params: SamplingParams | None = None,
         **options: Any,
     ) -> RequestOutput:
-        """Answer a conversation, rendered with the model's own chat template."""
+        """Answer a conversation, rendered with the model's own chat template.
+
+        options: those of `Tokenizer.apply_chat_template` (tools, continue_final_message, chat_template_kwargs, ...) and
+        of `generate`. Special tokens in messages control the model, as those of the template do, unless
+        split_special_tokens is set.
+        """
         tokenizer = self.require_tokenizer()
-        prompt = tokenizer.apply_chat_template(messages)
-        ids = tokenizer.encode(prompt, add_special_tokens=False)  # the template writes them itself
-        output = self.generate([ids], sampling_params, **options)[0]
-        return dataclasses.replace(output, prompt=prompt)
+        chat = {name: options.pop(name) for name in CHAT_OPTIONS if name in options}
+        params = self._inputs.params(sampling_params or self.default_sampling_params, options)
+        prompt, ids = tokenizer.encode_chat(messages, params.split_special_tokens, **chat)
+        return dataclasses.replace(self.generate([ids], params)[0], prompt=prompt)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:  # [S] -> [S, V], or [B, S] -> [B, S, V]
         """Next-token logits after every token, in the compute dtype, without a cache."""
-        tokens = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
-        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
-            raise InputError(f"ids: expected shape [S] or [B, S], not empty, got {list(tokens.shape)}")
+        self._process.check(self.device)
+        tokens = self._id_tensor(ids)
         rows = tokens if tokens.dim() == 2 else tokens[None]
-        self._inputs.check_ids(rows.flatten().tolist(), "ids")
         self._inputs.check_length(rows.shape[1], "ids", room=0)
         hidden = self.decoder.hidden_states(rows.flatten(), packed([rows.shape[1]] * rows.shape[0], self.device))
         return self.decoder.logits(hidden).view(*tokens.shape, -1)
+
+    def _id_tensor(self, ids: Any) -> Tensor:  # [S] or [B, S], int64
+        values = ids.tolist() if hasattr(ids, "tolist") else ids
+        nested = isinstance(values, list | tuple) and len(values) > 0 and isinstance(values[0], Sequence)
+        if nested and not isinstance(values[0], str | bytes):
+            rows = [token_ids(f"ids[{i}]", row, self.spec.vocab_size) for i, row in enumerate(values)]
+        else:
+            nested, rows = False, [token_ids("ids", values, self.spec.vocab_size)]
+        if not rows[0] or len(set(map(len, rows))) > 1:
+            refuse("ids", "shape [S] or [B, S], not empty", [len(row) for row in rows])
+        tokens = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return tokens if nested else tokens[0]
 
     def _groups(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None, options: Mapping[str, Any]
@@ -177,7 +205,7 @@ class Runtime:
         return [self._inputs.group(p, chosen, str(i), what=what) for i, (what, p) in enumerate(named)]
 
     def _run(self, groups: Sequence[RequestGroup]) -> Iterator[OutputDelta]:
-        """Run everything to its end; a request that fails is an error of the call."""
+        """Run everything to its end; raises InputError behind the last delta if every output has failed."""
         engine = self.engine(
             kv_memory=self._kv_memory(groups),
             max_num_seqs=_MAX_RUNNING,
@@ -186,11 +214,14 @@ class Runtime:
         )
         for group in groups:
             engine.add(group)
+        errors = []
         while engine.has_unfinished():
             for delta in engine.step():
                 if delta.error is not None:
-                    raise InputError(delta.error)
+                    errors.append(delta.error)
                 yield delta
+        if len(errors) == sum(len(group.requests) for group in groups):
+            raise InputError(errors[0])
 
     def _kv_memory(self, groups: Sequence[RequestGroup]) -> int:
         """Bytes that the largest outputs running together need, one kv_block each to spare, up to the default."""

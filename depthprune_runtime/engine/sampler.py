@@ -6,6 +6,7 @@ processors. A token is drawn by inverting the distribution function at one unifo
     token = min { t : sum_{s <= t} p_s > u * sum_s p_s },    u = next number of the request's own generator
 
 so a request's draws depend on its seed alone, not on what else is in the batch, and a batch needs one pass.
+A row whose logits, or what the parameters make of them, are not finite brings NOT_FINITE.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ def filter_logits(
     logits: Tensor,  # [B, V] float32
     params: Sequence[SamplingParams],  # B of them, none greedy
 ) -> Tensor:  # [B, V], removed tokens -inf
-    """Temperature, top-k, top-p and min-p; a filter costs only the rows that ask for it."""
+    """Temperature, top-k, top-p and min-p, up to a constant; a filter costs only the rows that ask for it."""
     size = logits.shape[1]
-    logits = logits / _column([p.temperature for p in params], logits)
+    # the largest becomes 0: no temperature makes it overflow
+    logits = (logits - logits.amax(-1, keepdim=True)) / _column([p.temperature for p in params], logits)
     steps = (
         (_top_k, [p.top_k for p in params], [0 < p.top_k < size for p in params]),
         (_top_p, [p.top_p for p in params], [p.top_p < 1.0 for p in params]),
@@ -104,38 +106,57 @@ def filter_logits(
     return logits
 
 
-class RequestSampler:
-    """Sampling state of one request: parameters, random stream, tokens seen. stream: which of its outputs."""
+def seen_tokens(prompt_ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:  # [V] bool
+    """Which tokens a prompt has."""
+    seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    seen[torch.tensor(list(prompt_ids), dtype=torch.int64, device=device)] = True
+    return seen
 
-    def __init__(
-        self, params: SamplingParams, prompt_ids: Sequence[int], stream: int, vocab_size: int, device: torch.device
-    ) -> None:
+
+class RequestSampler:
+    """Sampling state of one request: parameters, random stream, tokens seen.
+
+    seen: the tokens of its prompt, changed from here on, only for a repetition penalty; stream: which of its outputs.
+    """
+
+    def __init__(self, params: SamplingParams, seen: Tensor | None, stream: int, vocab_size: int) -> None:
         self.params = params
         self.plain_greedy = params.greedy and params.repetition_penalty == 1.0
         filters = 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
         self.plain = params.repetition_penalty == 1.0 and (params.greedy or not filters)  # `ops.draw_tokens` will do
-        self.seen: Tensor | None = None  # [V] bool
+        self.seen = None if params.repetition_penalty == 1.0 else seen  # [V] bool
         self._random: random.Random | None = None
+        self._next: float | None = None
         if not params.greedy:
             # text is seeded through SHA-512, so neighbouring seeds and outputs share no streams
             self._random = random.Random() if params.seed is None else random.Random(f"{params.seed}/{stream}")
-        if params.repetition_penalty != 1.0:
-            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.seen[torch.tensor(list(prompt_ids), dtype=torch.int64, device=device)] = True
+
+    def peek(self) -> float:
+        """Next uniform number in [0, 1), which stays the next."""
+        if self._next is None:
+            assert self._random is not None
+            self._next = self._random.getrandbits(_DRAW_BITS) / (1 << _DRAW_BITS)
+        return self._next
 
     def draw(self) -> float:
         """Next uniform number in [0, 1)."""
-        assert self._random is not None
-        return self._random.getrandbits(_DRAW_BITS) / (1 << _DRAW_BITS)
+        number, self._next = self.peek(), None
+        return number
+
+    def take(self, token: int) -> None:
+        """Go on behind `token`, which `next_tokens` gave."""
+        self._next = None
+        if self.seen is not None and token != NOT_FINITE:
+            self.seen[token] = True
 
 
 def _draw(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:  # [B, V] float32 -> [B] int64
-    """Sampled tokens; a damaged row gives any token."""
     filtered = filter_logits(logits, [s.params for s in samplers])
     cumulative = filtered.softmax(-1).cumsum(-1, dtype=torch.float64)
-    uniform = _column([s.draw() for s in samplers], logits, torch.float64)
-    found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    return found[:, 0].clamp_max(logits.shape[1] - 1)
+    uniform = _column([s.peek() for s in samplers], logits, torch.float64)
+    total = cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, uniform * total, right=True).clamp_max(logits.shape[1] - 1)
+    return torch.where(total > 0, found, NOT_FINITE)[:, 0]  # NaN is not above 0
 
 
 def _sample(
@@ -149,22 +170,27 @@ def _sample(
         penalty = _column([s.params.repetition_penalty for s in penalized], logits)
         penalize = partial(penalize_repetition, seen=seen, penalty=penalty)
         logits = _where([s.seen is not None for s in samplers], logits, penalize, logits)
-        greedy = logits.argmax(-1)
+        greedy = ops.greedy(logits)
     drawn = [not s.params.greedy for s in samplers]
     draw = partial(_draw, samplers=[s for s, yes in zip(samplers, drawn, strict=True) if yes])
     return _where(drawn, logits, draw, greedy)
 
 
-def sample_batch(logits: Tensor, samplers: Sequence[RequestSampler]) -> list[int]:  # [B, V]
-    """One token a request, NOT_FINITE where its logits are not; one host synchronisation."""
+def next_tokens(logits: Tensor, samplers: Sequence[RequestSampler]) -> list[int]:  # [B, V]
+    """One token a request, NOT_FINITE where its logits are not; one host synchronisation. `take` makes it final."""
     greedy = ops.greedy(logits)
     tokens = greedy
     if not all(s.plain_greedy for s in samplers):
         tokens = torch.where(greedy < 0, NOT_FINITE, _sample(logits.float(), samplers, greedy))
     chosen: list[int] = tokens.tolist()
+    return chosen
+
+
+def sample_batch(logits: Tensor, samplers: Sequence[RequestSampler]) -> list[int]:  # [B, V]
+    """`next_tokens`, taken."""
+    chosen = next_tokens(logits, samplers)
     for sampler, token in zip(samplers, chosen, strict=True):
-        if sampler.seen is not None and token >= 0:
-            sampler.seen[token] = True
+        sampler.take(token)
     return chosen
 
 

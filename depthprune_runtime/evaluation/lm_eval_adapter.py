@@ -22,7 +22,7 @@ from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.runtime import Runtime
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.evaluation import scoring
-from depthprune_runtime.evaluation.tasks import Metric, TaskResult
+from depthprune_runtime.evaluation.results import Metric, TaskResult
 from depthprune_runtime.progress import Progress
 
 try:
@@ -176,6 +176,8 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
                     chosen = indices[first : first + _RUNNING]
                     prompts = [self._prompt(requests[i].args[0], params.max_tokens) for i in chosen]
                     for index, output in zip(chosen, self.runtime.generate(prompts, params), strict=True):
+                        if output.outputs[0].error is not None:  # its text so far is no answer
+                            raise InputError(output.outputs[0].error)
                         texts[index] = output.text
                         self.cache_hook.add_partial("generate_until", requests[index].args, output.text)
                         advance()

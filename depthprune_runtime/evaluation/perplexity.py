@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from depthprune_runtime.engine.runtime import Runtime
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.evaluation.logprobs import token_logprobs
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.placement import overflow_hint
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.texts import known_ids, rows_joined
 
 _MOST_NATS = 700.0  # e to the power of more is no float
-_LOGIT_TOKENS = 512  # rows of logits at a time: [512, 128k] float32 is 256 MB
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,8 @@ def window_nll(runtime: Runtime, window: Tensor) -> float:  # [S] int64
     decoder = runtime.decoder
     ids = window.to(runtime.device)
     hidden = decoder.hidden_states(ids, packed([ids.shape[0]], runtime.device))[:-1]
-    total = 0.0
-    for rows, targets in zip(hidden.split(_LOGIT_TOKENS), ids[1:].split(_LOGIT_TOKENS), strict=True):
-        total += float(cross_entropy(decoder.logits(rows).float(), targets, reduction="sum"))
-    return total / (ids.shape[0] - 1)
+    logprobs = token_logprobs(decoder, hidden, ids[1:]).logprobs
+    return -float(logprobs.double().mean())
 
 
 def perplexity(

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from depthprune_runtime.engine.kv_cache import KVCache, kv_blocks_needed
 from depthprune_runtime.engine.runtime import Runtime
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.evaluation.logprobs import token_logprobs
 from depthprune_runtime.model.batch import PagedContext, packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.placement import overflow_hint
@@ -33,7 +33,6 @@ from depthprune_runtime.progress import Advance
 
 logger = logging.getLogger(__name__)
 _KV_BLOCK_SIZE = 16  # tokens
-_LOGIT_TOKENS = 512  # rows of logits at a time: [512, 128k] float32 is 256 MB
 
 TokenPair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its continuation
 
@@ -219,12 +218,8 @@ def _score_batch(decoder: Decoder, batch: Sequence[_Group]) -> list[Continuation
         ids = torch.tensor(list(itertools.chain(*tails)), device=decoder.device)
         hidden = decoder.hidden_states(ids, packed(list(map(len, tails)), decoder.device), select=select)
     wanted = torch.tensor(list(itertools.chain(*targets)), device=decoder.device)
-    logprobs: list[float] = []
-    hits: list[bool] = []
-    for rows, ids in zip(hidden.split(_LOGIT_TOKENS), wanted.split(_LOGIT_TOKENS), strict=True):
-        logits = decoder.logits(rows).float()
-        logprobs += (-cross_entropy(logits, ids, reduction="none")).tolist()
-        hits += (logits.argmax(-1) == ids).tolist()
+    found = token_logprobs(decoder, hidden, wanted)
+    logprobs, hits = found.logprobs.tolist(), found.greedy.tolist()
     bounds = itertools.pairwise(itertools.accumulate(map(len, targets), initial=0))
     return [ContinuationScore(math.fsum(logprobs[a:b]), all(hits[a:b])) for a, b in bounds]
 

@@ -16,8 +16,8 @@ from depthprune_runtime.ops._library import define
 
 def _draw_tokens(logits: Tensor, temperatures: Tensor, uniform: Tensor, counts: Tensor) -> Tensor:
     drawn = temperatures > 0
-    scaled = logits.float() / torch.where(drawn, temperatures, 1.0)[:, None]
-    weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
+    x = logits.float()
+    weights = ((x - x.amax(-1, keepdim=True)) / torch.where(drawn, temperatures, 1.0)[:, None]).exp()
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     steps = counts.clamp_max(uniform.shape[0] - 1)
     target = uniform.gather(0, steps[None])[0] * cumulative[:, -1]

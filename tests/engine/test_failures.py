@@ -8,12 +8,15 @@ import logging
 import weakref
 
 import pytest
-from engine_runs import GREEDY, KINDS, SPECS, run
-from random_decoder import decoder, engine, solo
+import torch
+from engine_runs import GREEDY, KINDS, SAMPLED, SPECS, run
+from random_decoder import decoder, engine, sampler_of, solo
 
 from depthprune_runtime import InputError, SamplingParams
-from depthprune_runtime.engine import runner
+from depthprune_runtime.engine import inputs, runner, samplers
 from depthprune_runtime.engine.errors import EngineDead, EngineFull
+from depthprune_runtime.engine.request import Request
+from depthprune_runtime.engine.sampler import NOT_FINITE, sample_batch
 
 
 def test_the_waiting_queue_pushes_back_and_recovers():
@@ -117,6 +120,104 @@ def test_a_text_decoder_that_raises_ends_its_own_request_only(pico_runtime):
     assert results["good"][1].text == pico_runtime.generate("the quick", GREEDY).text
 
 
+class BrokenMessage(Request):
+    """Its text can be taken only while it is short."""
+
+    def take_news(self) -> str:
+        if self.num_output_tokens == 3:
+            raise ValueError("no text")
+        return super().take_news()
+
+
+def test_whatever_fails_in_the_text_of_one_request_ends_it_alone(monkeypatch):
+    e = engine(SPECS["plain"], 60)
+    e.add_request((1, 2), GREEDY, "good")
+    monkeypatch.setattr(inputs, "Request", BrokenMessage)
+    e.add_request((3, 4), GREEDY, "bad")
+    results = run(e)
+    assert results["bad"][1].outputs[0].error == "its text cannot be decoded: ValueError: no text"
+    assert results["bad"][1].outputs[0].token_ids == solo(SPECS["plain"], (3, 4), GREEDY)[:3]
+    assert results["good"][1].outputs[0].token_ids == solo(SPECS["plain"], (1, 2), GREEDY)
+
+
+@pytest.mark.parametrize("where", ["RequestSampler", "next_tokens", "top_logprobs"])
+def test_a_sampler_that_fails_ends_its_own_request_only(monkeypatch, where):
+    """The others go on with the random numbers that they would have had."""
+    spec, bad = SPECS["plain"], dataclasses.replace(SAMPLED, seed=99, logprobs=3)
+    plain, failed = getattr(samplers, where), []
+
+    def fail(*args):
+        hit = {
+            "RequestSampler": lambda: args[0].seed == 99,
+            "next_tokens": lambda: any(s.params.seed == 99 for s in args[1]),
+            "top_logprobs": lambda: 3 in args[2],
+        }[where]()
+        if hit:
+            failed.append(1)
+            raise ArithmeticError("cannot")
+        return plain(*args)
+
+    monkeypatch.setattr(samplers, where, fail)
+    e = engine(spec, 100)
+    prompts = [tuple(range(i, i + 4)) for i in range(len(KINDS))]
+    for i, (prompt, params) in enumerate(zip(prompts, KINDS, strict=True)):
+        e.add_request(prompt, params, str(i))
+        if i == 2:
+            e.add_request((9, 9), bad, "bad")
+    results = run(e)
+    output = results["bad"][1].outputs[0]
+    assert (output.finish_reason, output.token_ids) == ("error", ())
+    assert output.error == "its next token cannot be chosen: ArithmeticError: cannot"
+    assert failed
+    for i, (prompt, params) in enumerate(zip(prompts, KINDS, strict=True)):
+        assert results[str(i)][1].outputs[0].token_ids == solo(spec, prompt, params)
+    assert e.stats().kv_usage == 0.0
+
+
+def test_logits_that_a_parameter_breaks_end_the_request_not_its_tokens():
+    """A penalty beyond the range makes the distribution infinite; the vocabulary's last token is no answer."""
+    logits = torch.tensor([[1.0, 2.0, 3.0, 0.5]])
+    for temperature in (0.0, 0.7):
+        params = SamplingParams(temperature=temperature, seed=1, repetition_penalty=0.01)
+        object.__setattr__(params, "repetition_penalty", 1e-40)
+        assert sample_batch(logits, [sampler_of(params, (0, 1), 0, 4)]) == [NOT_FINITE]
+
+
+def test_one_failed_output_does_not_lose_the_others(pico_runtime, monkeypatch):
+    prompts = ["the quick", "a decoder", "prune the"]
+    expected = [o.outputs[0].token_ids for o in pico_runtime.generate(prompts, GREEDY)]
+    bad = [2]
+    monkeypatch.setattr(
+        samplers.Samplers,
+        "choose",
+        lambda self, requests, logits, choose=samplers.Samplers.choose: [
+            c if r.request_id not in map(str, bad) else samplers.Choice(NOT_FINITE, None, "damaged")
+            for r, c in zip(requests, choose(self, requests, logits), strict=True)
+        ],
+    )
+    outputs = pico_runtime.generate(prompts, GREEDY)
+    assert [o.outputs[0].token_ids for o in outputs[:2]] == expected[:2]
+    assert [o.outputs[0].finish_reason for o in outputs] == ["length", "length", "error"]
+    assert [o.outputs[0].error for o in outputs] == [None, None, "damaged"]
+    chunks = list(pico_runtime.stream(prompts, GREEDY))
+    ends = {c.request_index: (c.finish_reason, c.error) for c in chunks if c.finish_reason is not None}
+    assert ends == {0: ("length", None), 1: ("length", None), 2: ("error", "damaged")}
+    bad[:] = [0, 1, 2]
+    with pytest.raises(InputError, match="damaged"):
+        pico_runtime.generate(prompts, GREEDY)
+    with pytest.raises(InputError, match="damaged"):
+        list(pico_runtime.stream("the quick", GREEDY))
+
+
+def test_automatic_ids_are_nobody_elses():
+    e = engine(SPECS["plain"], 60)
+    for i in range(4):
+        e.add_request((1,), GREEDY, f"request-{i}")
+    automatic = [e.add_request((1,), GREEDY) for _ in range(4)]
+    assert len({*automatic, *(f"request-{i}" for i in range(4))}) == 8
+    assert len(run(e)) == 8
+
+
 def test_a_failed_step_stops_the_engine_for_good(monkeypatch, by_ops):
     e = engine(SPECS["plain"], 30)
     e.add_request((1,), GREEDY)
@@ -166,7 +267,7 @@ def test_a_closed_engine_gives_its_kv_cache_back():
         ({"kv_memory": 0.0}, "expected bytes"),
         ({"kv_memory": True}, "expected bytes"),
         ({"kv_memory": -1}, "expected bytes"),
-        ({"max_num_seqs": 0}, "max_num_seqs: expected an integer >= 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs: expected an integer from 1 to 65536, got 0"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens: expected an integer >= 9"),
         ({"max_waiting": 0}, "max_waiting"),
         ({"kv_block_size": 2.0}, "kv_block_size"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pico
 import pytest
+import tokenizer_kinds
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from depthprune_runtime import InputError, Runtime, SamplingParams
+from depthprune_runtime.engine.inputs import Inputs
 from depthprune_runtime.evaluation.perplexity import perplexity
 
 PROMPTS = ["the quick brown", "a decoder is a sequence of residual sub-layers and", "naïve", "prune the blocks"]
@@ -195,7 +198,7 @@ def test_output_stops_at_the_context(pico_runtime):
         ([[5, -1]], {}, "got -1"),
         ([[5] * pico.CONTEXT], {}, "at most 255 tokens"),
         ([[5, "a"]], {}, "token ids"),
-        ("the", {"temperature": -1}, "temperature: expected a number >= 0, got -1"),
+        ("the", {"temperature": -1}, "temperature: expected a number from 0 to 10000, got -1"),
         ("the", {"top_p": 0}, "top_p"),
         ("the", {"max_new_tokens": 0}, "max_tokens"),
         ("the", {"colour": 1}, "unknown options"),
@@ -231,7 +234,7 @@ def test_a_tokenizer_can_be_left_out(pico_runtime, pico_llama, tmp_path, caplog)
     ):
         with pytest.raises(InputError, match="skip_tokenizer_init"):
             call()
-    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text("{}")
     Runtime.load(folder, device="cpu", skip_tokenizer_init=True)
     assert "no end token is known" in caplog.text
     caplog.clear()
@@ -257,3 +260,39 @@ def test_default_sampling_follows_the_models_generation_config(pico_llama, tmp_p
     assert (params.temperature, params.top_k) == (0.6, 20)
     (folder / "generation_config.json").write_text("{}")
     assert Runtime.load(folder, device="cpu").default_sampling_params.greedy
+
+
+@pytest.mark.parametrize("kind", ["byte_fallback", "unigram", "byte_level", "word_piece"])
+def test_no_sampled_text_ends_a_request(pico_llama, tmp_path, kind):
+    """Random ids, some beyond the tokenizer's vocabulary: every request ends well and its texts add up."""
+    folder = pico.save(pico_llama[0], tmp_path, tokenizer=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer_kinds.build(kind)).save_pretrained(folder)
+    runtime = Runtime.load(folder, device="cpu")
+    options = {"temperature": 5.0, "max_new_tokens": 40, "n": 10, "seed": 3, "ignore_eos": True}
+    result = runtime.generate("hello", logprobs=3, stop="\0\0\0", **options)[0]
+    decode = runtime.tokenizer.decode
+    beyond = tokenizer_kinds.build(kind).get_vocab_size()
+    assert any(t >= beyond for o in result.outputs for t in o.token_ids)
+    for output in result.outputs:
+        assert (output.finish_reason, output.error) == ("length", None)
+        assert decode(result.prompt_token_ids) + output.text == decode([*result.prompt_token_ids, *output.token_ids])
+        for alternatives in output.logprobs:
+            texts = [a.decoded_token for t, a in alternatives.items() if t < beyond]
+            assert None not in texts and len(set(texts)) == len(texts)
+    streamed = dict.fromkeys(range(10), "")
+    for chunk in runtime.stream("hello", **options):
+        streamed[chunk.output_index] += chunk.text
+    assert list(streamed.values()) == [output.text for output in result.outputs]
+
+
+def test_a_stop_string_may_be_a_special_token(pico_runtime):
+    ids = pico_runtime.generate([5, 6, 7], temperature=0, max_new_tokens=8, ignore_eos=True)[0].outputs[0].token_ids
+    tokenizer = pico_runtime.tokenizer
+    inputs = Inputs("m", pico_runtime.spec, tokenizer, {})
+    for skip in (True, False):
+        params = SamplingParams(stop="<|user|>", skip_special_tokens=skip, ignore_eos=True, max_tokens=20)
+        request = inputs.group("the", params, "r").requests[0]
+        request.append(ids[0])
+        request.append(tokenizer.encode("<|user|>", add_special_tokens=False)[0])
+        assert (request.finish_reason, request.stop_reason) == ("stop", "<|user|>")
+        assert request.text == tokenizer.decode([ids[0]])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.request import Request
+from depthprune_runtime.engine.stop_strings import StopStrings
 
 PIECES = ["", "a", "b", "ab", "ba", "aab", "abab", "bb", "c"]
 
@@ -23,7 +24,7 @@ class Pieces:
 
 def run(ids: list[int], stop: list[str], include: bool) -> tuple[Request, list[str]]:
     params = SamplingParams(stop=stop, include_stop_str_in_output=include, max_tokens=len(ids), ignore_eos=True)
-    request = Request("r", 0, (1,), params, frozenset(), 10**6, Pieces())
+    request = Request("r", 0, (1,), params, frozenset(), 10**6, Pieces(), stops=StopStrings(stop))
     news = []
     for token in ids:
         request.append(token)
@@ -66,3 +67,13 @@ def test_eos_ends_without_text():
     request.append(3)
     assert (request.text, request.finish_reason, request.stop_reason) == ("a", "stop", None)
     assert request.output().token_ids == (1, 3)
+
+
+def test_a_special_token_that_is_left_out_ends_an_output_as_a_stop_string():
+    for include, text in ((False, "ab"), (True, "ab<|end|>")):
+        params = SamplingParams(max_tokens=9, stop="<|end|>", include_stop_str_in_output=include)
+        request = Request("r", 0, (1,), params, frozenset(), 100, Pieces(), stop_tokens={0: "<|end|>"})
+        request.append(3)
+        request.append(0)
+        assert (request.text, request.finish_reason, request.stop_reason) == (text, "stop", "<|end|>")
+        assert 0 in request.end_ids

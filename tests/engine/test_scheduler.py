@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-import time
+import sys
 
 import pytest
-from fake_model import FakeModel, request, solo
+from fake_model import FakeModel, next_token, request, solo
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -207,16 +207,89 @@ def test_limits_are_told():
     FakeModel(line).finish()
 
 
-def test_a_step_of_256_decodes_is_scheduled_in_time():
-    """Generous: a busy machine may be slow, a quadratic scheduler is slower."""
-    line = scheduler(kv_blocks=256 * 64, size=16, seqs=256, tokens=256 * 128)
-    requests = [request([i % 50] * 100, 900) for i in range(256)]
-    line.add(requests)
-    times = []
-    for _ in range(200):
-        begin = time.perf_counter()
+class Counted:
+    """Counts the calls of the interpreter that happen within it."""
+
+    def __enter__(self):
+        self.calls = 0
+        sys.setprofile(self._count)
+        return self
+
+    def _count(self, frame, event, arg):
+        self.calls += event in ("call", "c_call")
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+
+def calls_of_a_step(running: int) -> float:
+    line = scheduler(kv_blocks=running * 64, size=16, seqs=running, tokens=running * 128)
+    line.add([request([i % 50] * 100, 900) for i in range(running)])
+    line.schedule()
+    counts = []
+    for _ in range(32):  # two kv_blocks of each request
+        for r in line.running:
+            r.append(7)
+        with Counted() as counted:
+            assert len(line.schedule()) == running
+        counts.append(counted.calls)
+    return sum(counts) / len(counts)
+
+
+def test_the_work_of_a_step_of_decodes_grows_with_their_number_only():
+    """A few calls a request, as many among 256 as among 32: a quadratic scheduler makes eight times as many."""
+    few, many = calls_of_a_step(32) / 32, calls_of_a_step(256) / 256
+    assert many < 1.2 * few
+    assert many < 12
+
+
+def test_admission_leaves_a_free_kv_block_for_each_that_runs():
+    """Else what was just admitted would be preempted by the next decode, again and again."""
+    line = scheduler(kv_blocks=8, size=4, seqs=4, tokens=64)
+    model = FakeModel(line)
+    line.add([request([1] * 11, 9)])  # three kv_blocks, a fourth in its second step
+    line.add([request([2] * 12, 5)])  # three: five are free, and one of them is kept
+    line.add([request([3] * 4, 5)])  # one: two are free, but two others run
+    assert [c.length for c in model.step()] == [11, 12]
+    assert (len(line.running), line.num_waiting) == (2, 1)
+    model.finish()
+    assert line.num_preemptions == 0
+
+
+def test_admission_without_the_reserve_would_preempt():
+    """What the reserve is for: the last one fits exactly, and would be thrown out at once."""
+    line = scheduler(kv_blocks=6, size=4, seqs=3, tokens=64)
+    model = FakeModel(line)
+    line.add([request([1] * 8, 9)])
+    model.step()
+    line.add([request([2] * 16, 2)])  # four kv_blocks, and four are free
+    model.step()
+    assert [r.num_prompt_tokens for r in line.running] == [8]
+    model.finish()
+    assert line.num_preemptions == 0
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_decoded_tokens_are_found_in_the_cache(ahead):
+    """A prompt that continues an earlier prompt and its output computes only what is new."""
+    line = scheduler(kv_blocks=30, size=4, seqs=2, tokens=64)
+    model = FakeModel(line)
+    first = request([1, 2, 3], 14)
+    line.add([first])
+    model.step()
+    while not first.finished:
         chunks = line.schedule()
-        times.append(time.perf_counter() - begin)
-        for c in chunks:
-            c.request.append(7)
-    assert sorted(times[1:])[len(times) // 2] < 0.01
+        steps = min(ahead, 14 - first.num_output_tokens)
+        assert steps == 1 or line.reserve(chunks, steps)
+        for _ in range(steps):  # all but the first are steps that nobody scheduled
+            first.append(next_token(first.token_ids))
+        if first.finished:
+            line.remove(first)
+            break
+        if steps > 1:
+            line.catch_up(first)
+        assert line.pool.num_cached == first.num_computed // 4  # while it still runs
+    again = request([*first.token_ids, 7], 1)
+    line.add([again])
+    chunk = line.schedule()[0]
+    assert chunk.start == again.num_cached_tokens == 16  # of 3 + 14 tokens; the last was never fed back

@@ -19,7 +19,8 @@ from depthprune_runtime.cli import main
 from depthprune_runtime.evaluation import lm_eval_adapter
 from depthprune_runtime.evaluation.lm_eval_adapter import DepthpruneLM
 from depthprune_runtime.evaluation.scoring import encode_pair
-from depthprune_runtime.evaluation.tasks import evaluate_task, load_task
+from depthprune_runtime.evaluation.task_files import load_task
+from depthprune_runtime.evaluation.tasks import evaluate_task
 from depthprune_runtime.progress import Progress
 
 TEXT = "the quick brown fox jumps over a lazy dog decoder is sequence of residual blocks"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from depthprune_runtime import InputError, perplexity
-from depthprune_runtime.evaluation import perplexity as module
+from depthprune_runtime.evaluation import logprobs
 from depthprune_runtime.evaluation.perplexity import token_windows
 from depthprune_runtime.texts import load_text, rows_joined
 
@@ -32,7 +32,8 @@ def test_all_windows_by_default_and_chunks_do_not_matter(pico_runtime, monkeypat
     text = TEXT[:2000]
     whole = perplexity(pico_runtime, text, seq_len=64)
     assert whole.windows == len(pico_runtime.tokenizer.encode(text)) // 64
-    monkeypatch.setattr(module, "_LOGIT_TOKENS", 5)
+    monkeypatch.setattr(logprobs, "_LOGIT_ROWS", 5)
+    monkeypatch.setattr(logprobs, "_CPU_ROWS", 2)
     assert perplexity(pico_runtime, text, seq_len=64).perplexity == pytest.approx(whole.perplexity, rel=1e-5)
 
 

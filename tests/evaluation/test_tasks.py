@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.cli import main
-from depthprune_runtime.evaluation import scoring, tasks
+from depthprune_runtime.evaluation import logprobs, tasks
 from depthprune_runtime.evaluation.scoring import ContinuationScore, continuation_logprobs, encode_pair
-from depthprune_runtime.evaluation.tasks import evaluate_task, find_task, load_task, load_tasks
+from depthprune_runtime.evaluation.task_files import find_task, load_task
+from depthprune_runtime.evaluation.tasks import evaluate_task, load_tasks
 
 IDS = st.integers(0, pico.VOCAB_SIZE - 1)
 # Few contexts and several continuations of each, so that sharing happens at every length of a context.
@@ -36,6 +37,13 @@ ROWS = [
 SCHEMAS = [
     {"contexts": ["the fox is quick, the fox", "the fox is quick, the dog"], "continuation": "jumps over.", "gold": 0},
     {"contexts": ["the dog is lazy, the fox", "the dog is lazy, the dog"], "continuation": "sleeps", "gold": 1},
+]
+
+
+NEXT_WORDS = [
+    {"context": "the quick brown fox jumps over the lazy", "continuation": "dog"},
+    {"context": "prune the blocks that change the hidden state\nthe", "continuation": "least often"},
+    {"context": "a decoder is a sequence of", "continuation": "blocks"},
 ]
 
 
@@ -92,7 +100,8 @@ def test_greedy_continuations_are_told(pico_runtime):
 def test_logits_come_in_chunks(pico_runtime, monkeypatch):
     requests = [([1, 2, 3], list(range(30))), ([4], [5, 6])]
     whole = continuation_logprobs(pico_runtime, requests)
-    monkeypatch.setattr(scoring, "_LOGIT_TOKENS", 7)
+    monkeypatch.setattr(logprobs, "_LOGIT_ROWS", 7)
+    monkeypatch.setattr(logprobs, "_CPU_ROWS", 3)
     for a, b in zip(continuation_logprobs(pico_runtime, requests), whole, strict=True):
         close(a, b)
 
@@ -195,6 +204,61 @@ def test_winogrande_compares_contexts(pico_llama, pico_runtime, tmp_path, monkey
     assert scored(monkeypatch, path, -1.0, -2.0, -1.0, -2.0)["acc"].value == 0.5
 
 
+def greedy_words(model, runtime, context, continuation):
+    """Whether Transformers, choosing the likeliest token at each place, writes the continuation, and its log p."""
+    context_ids, targets = encode_pair(runtime, context, " " + continuation)
+    ids, logprob = list(context_ids), 0.0
+    right = True
+    for target in targets:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double()
+        right = right and int(logits.argmax()) == target
+        logprob += float(logits[target] - logits.logsumexp(-1))
+        ids.append(target)
+    return right, logprob
+
+
+def test_next_words_are_right_when_they_are_the_greedy_choice(pico_llama, pico_runtime, tmp_path):
+    rows = list(NEXT_WORDS)
+    for row in NEXT_WORDS:  # and rows that the model does get right: what it writes by itself
+        ids = encode_pair(pico_runtime, row["context"], " x")[0]
+        with torch.no_grad():
+            first = int(pico_llama[0](torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        text = pico_runtime.tokenizer.decode([*ids, first])
+        if text.startswith(row["context"] + " "):
+            rows.append({"context": row["context"], "continuation": text[len(row["context"]) + 1 :]})
+    expected = [greedy_words(pico_llama[0], pico_runtime, **row) for row in rows]
+    result = evaluate_task(pico_runtime, load_task(write(tmp_path / "lambada.jsonl", rows)))
+    assert set(result.metrics) == {"acc", "perplexity"}
+    assert result.hits["acc"] == tuple(int(right) for right, _ in expected)
+    assert 0 < sum(result.hits["acc"]) < len(rows)
+    mean = sum(logprob for _, logprob in expected) / len(rows)
+    assert result.metrics["perplexity"].value == pytest.approx(math.exp(-mean), rel=1e-3)
+
+
+def test_next_words_ask_for_every_token(tmp_path, monkeypatch):
+    """Two rows: all tokens greedy, and not all of them."""
+    path = write(tmp_path / "lambada.jsonl", NEXT_WORDS[:2])
+    monkeypatch.setattr(tasks, "encode_pair", lambda *_: ([1], [1]))
+    scores = [ContinuationScore(-9.0, True), ContinuationScore(-1.0, False)]
+    monkeypatch.setattr(tasks, "continuation_logprobs", lambda *_: scores)
+    result = evaluate_task(None, load_task(path))
+    assert result.hits == {"acc": (1, 0)}
+    perplexity = result.metrics["perplexity"]
+    assert perplexity.value == pytest.approx(math.exp(5))
+    # the mean of 9 and 1 has a standard error of 4, and exp multiplies an error by its own value
+    assert perplexity.stderr == pytest.approx(4 * math.exp(5))
+
+
+def test_an_offset_leaves_out_the_first_rows(pico_runtime, tmp_path):
+    path = write(tmp_path / "mine.jsonl", ROWS)
+    whole = evaluate_task(pico_runtime, load_task(path))
+    part = evaluate_task(pico_runtime, load_task(path, limit=2, offset=1))
+    assert (part.n, part.offset) == (2, 1)
+    assert part.hits == {name: hits[1:3] for name, hits in whole.hits.items()}
+    assert load_task(path, offset=3).examples == load_task(path).examples[3:]
+
+
 def test_tasks_are_found_by_path_and_by_name(tmp_path, monkeypatch):
     file = write(tmp_path / "piqa.jsonl", ROWS)
     (tmp_path / "hellaswag.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
@@ -219,13 +283,15 @@ def test_tasks_are_found_by_path_and_by_name(tmp_path, monkeypatch):
         ("{", "not JSON"),
         ("", "not JSON"),
         ("[1]", "expected a JSON object, got list"),
-        ('{"context": "c"}', r"choices or contexts, got \['context'\]"),
+        ('{"context": "c"}', r"choices, contexts or a continuation, got \['context'\]"),
         ('{"choices": ["a", "b"], "gold": 0}', "context: expected a string, got None"),
         ('{"context": "c", "choices": ["a"], "gold": 0}', "choices: expected a list of at least two"),
         ('{"context": "c", "choices": ["a", ""], "gold": 0}', "choices: expected a list of at least two non-empty"),
         ('{"context": "c", "choices": ["a", "b"], "gold": 2}', "gold: expected an index from 0 to 1, got 2"),
         ('{"context": "c", "choices": ["a", "b"], "gold": true}', "gold: expected an index"),
         ('{"contexts": ["a", "b"], "gold": 0}', "continuation: expected a non-empty string"),
+        ('{"continuation": "b"}', "context: expected a string, got None"),
+        ('{"context": "a", "continuation": ""}', "continuation: expected a non-empty string"),
         ("\udcff", "not UTF-8: byte 0xff"),
     ],
 )
@@ -242,11 +308,19 @@ def test_bad_files(tmp_path):
     empty = write(tmp_path / "empty.jsonl", [])
     damaged = tmp_path / "damaged.jsonl.gz"
     damaged.write_bytes(gzip.compress(mixed.read_bytes())[:-20])
-    for path, message in ((mixed, "rows of one kind"), (empty, "at least one row"), (damaged, "damaged gzip")):
+    for path, message in (
+        (mixed, "rows of one kind, got choices and contexts"),
+        (empty, "at least one row"),
+        (damaged, "damaged gzip"),
+    ):
         with pytest.raises(InputError, match=message):
             load_task(path)
     with pytest.raises(InputError, match="limit: expected at least 1, got 0"):
         load_task(mixed, limit=0)
+    with pytest.raises(InputError, match="offset: expected at least 0, got -1"):
+        load_task(mixed, offset=-1)
+    with pytest.raises(InputError, match=r"mixed\.jsonl: expected at least one row after the first 6, got none"):
+        load_task(mixed, offset=6)
     with pytest.raises(InputError, match="tasks: expected at least one"):
         load_tasks([])
 

@@ -1,0 +1,91 @@
+"""`Samplers`: the sampling state of the running requests, and their next tokens; one that fails harms no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from depthprune_runtime.engine.request import Request
+from depthprune_runtime.engine.sampler import NOT_FINITE, RequestSampler, next_tokens, seen_tokens, top_logprobs
+
+_DAMAGED = "logits are not finite: the weights are damaged, or overflow in this dtype; try dtype float32"
+
+Likely = list[tuple[int, float, int]]  # (token, log-probability, rank)
+
+
+class Choice(NamedTuple):
+    """The next token of a request, and its likely alternatives if asked for; error: why there is none."""
+
+    token: int
+    likely: Likely | None = None
+    error: str | None = None
+
+    @classmethod
+    def of(cls, token: int, likely: Likely | None = None) -> Choice:
+        return cls(token, likely) if token != NOT_FINITE else cls(NOT_FINITE, None, _DAMAGED)
+
+
+class Samplers:
+    """A sampler for each request from its first token to its end: those that wait have none."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._made: dict[int, RequestSampler] = {}  # by arrival
+        self._mask: tuple[int, Tensor] | None = None  # arrival of a prompt's first output, the prompt's tokens
+
+    def of(self, request: Request) -> RequestSampler:
+        sampler = self._made.get(request.arrival)
+        if sampler is None:
+            sampler = self._made[request.arrival] = self._make(request)
+        return sampler
+
+    def _make(self, request: Request) -> RequestSampler:
+        params, mask = request.params, None
+        if params.repetition_penalty != 1.0:  # the outputs of a prompt stand in line together: one mask serves them
+            first = request.arrival - request.output_index
+            if self._mask is None or self._mask[0] != first:
+                self._mask = (first, seen_tokens(request.prompt_ids, self._vocab_size, self._device))
+            mask = self._mask[1].clone()
+        return RequestSampler(params, mask, request.output_index, self._vocab_size)
+
+    def of_all(self, requests: Sequence[Request]) -> list[RequestSampler] | None:
+        """None if one of them cannot be made; `choose` says which."""
+        try:
+            return [self.of(r) for r in requests]
+        except Exception:
+            return None
+
+    def drop(self, request: Request) -> None:
+        """Forget a request that has ended."""
+        self._made.pop(request.arrival, None)
+
+    def choose(self, requests: Sequence[Request], logits: Tensor) -> list[Choice]:  # [B, V]
+        """The next token of each request. If the batch fails, each is tried alone, with the same random numbers."""
+        try:
+            return self._choose(requests, logits)
+        except Exception as error:
+            if len(requests) == 1:
+                reason = f"its next token cannot be chosen: {type(error).__name__}: {error}"
+                return [Choice(NOT_FINITE, None, reason)]
+        return [self.choose([request], logits[i : i + 1])[0] for i, request in enumerate(requests)]
+
+    def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[Choice]:
+        samplers = [self.of(r) for r in requests]
+        tokens = next_tokens(logits, samplers)
+        found: dict[int, Likely] = {}
+        rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None and tokens[i] != NOT_FINITE]
+        if rows:
+            counts = [requests[i].params.logprobs or 0 for i in rows]
+            wanted = logits if len(rows) == len(requests) else logits[rows]
+            found = dict(zip(rows, top_logprobs(wanted, [tokens[i] for i in rows], counts), strict=True))
+        for sampler, token in zip(samplers, tokens, strict=True):
+            sampler.take(token)
+        return [Choice.of(token, found.get(i)) for i, token in enumerate(tokens)]
+
+    def check(self, unfinished: set[int]) -> None:
+        """Assert that no sampler outlives its request, given the arrivals of those that run or wait. For tests."""
+        assert set(self._made) <= unfinished

@@ -1,0 +1,327 @@
+"""What a source holds is applied as its makers meant, or refused: heads, biases, scales, dtypes, counts, code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import pico
+import pytest
+import torch
+from gguf_files import write_gguf
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from depthprune_runtime import InputError, Runtime, import_model
+from depthprune_runtime.checkpoint import open_checkpoint
+
+IDS = list(range(2, 42))
+
+
+def error_of(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def transformers_logits(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([IDS])).logits[0]
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    model = pico.build_model("llama", tie_word_embeddings=True)
+    return pico.save(model, tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture
+def folder(pico_llama, tmp_path):
+    return shutil.copytree(pico_llama[1], tmp_path / "model")
+
+
+def rewrite(folder, change):
+    """The folder's tensors after `change`, which takes and gives a dictionary."""
+    path = folder / "model.safetensors"
+    save_file({k: v.contiguous().clone() for k, v in change(load_file(path)).items()}, path, {"format": "pt"})
+    return folder
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "kept_tied", "warned"),
+    [
+        (lambda t: t | {HEAD: torch.randn_like(t[EMBEDDING])}, False, True),
+        (lambda t: t | {HEAD: t[EMBEDDING]}, True, False),
+        (lambda t: {k: v for k, v in t.items() if k != EMBEDDING} | {HEAD: t[EMBEDDING]}, True, False),
+        (lambda t: t, True, False),
+    ],
+    ids=["another head", "the same twice", "only the head", "only the embedding"],
+)
+def test_tied_heads_are_those_of_transformers(tied, tmp_path, change, kept_tied, warned, caplog):
+    folder = rewrite(shutil.copytree(tied, tmp_path / "m"), change)
+    runtime = Runtime.load(folder, device="cpu")
+    assert error_of(runtime.logits(IDS), transformers_logits(folder)) <= 1e-5
+    assert runtime.spec.tie_word_embeddings == kept_tied
+    assert ("another head" in caplog.text) == warned
+
+
+def test_base_models_saved_alone(tied, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tied)
+    model.model.save_pretrained(tmp_path / "base")
+    assert not any(name.startswith("model.") for name in load_file(tmp_path / "base" / "model.safetensors"))
+    with torch.no_grad():
+        theirs = model(torch.tensor([IDS])).logits[0]
+    assert error_of(Runtime.load(tmp_path / "base", device="cpu").logits(IDS), theirs) <= 1e-5
+    pico.build_model("llama").model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(InputError, match=r"lm_head\.weight is missing .* a base model without its output head"):
+        open_checkpoint(tmp_path / "headless")
+
+
+LAYER = "model.layers.1."
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        LAYER + "mlp.gate_proj.bias",
+        LAYER + "self_attn.q_proj.bias",
+        LAYER + "self_attn.q_norm.weight",
+        LAYER + "self_attn.sinks",
+        LAYER + "self_attn.k_proj.k_scale",
+        LAYER + "mlp.down_proj.weight_scale",
+        LAYER + "mlp.down_proj.weight_scale_inv",
+        LAYER + "mlp.down_proj.input_scale",
+        LAYER + "mlp.down_proj.qweight",
+        LAYER + "mlp.down_proj.weight.absmax",
+        LAYER + "mlp.down_proj.lora_A.weight",
+        LAYER + "post_feedforward_layernorm.weight",
+        "model.norm.bias",
+        "lm_head.bias",
+    ],
+)
+def test_tensors_of_a_layer_that_nobody_applies_are_refused(folder, name):
+    rewrite(folder, lambda tensors: tensors | {name: torch.ones(8)})
+    with pytest.raises(InputError, match=rf"1 tensors belong to layers of this model, .*: {name}$"):
+        open_checkpoint(folder)
+
+
+def test_other_tensors_are_named_in_one_warning(folder, caplog):
+    extra = [f"vision.{i}.weight" for i in range(5)] + ["model.layers.6.mlp.gate_proj.weight"]
+    harmless = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.2.self_attn.attn.masked_bias"]
+    rewrite(folder, lambda tensors: tensors | {name: torch.ones(8) for name in extra + harmless})
+    with caplog.at_level(logging.WARNING):
+        open_checkpoint(folder)
+    (record,) = caplog.records
+    assert (
+        "6 tensors are not used: model.layers.6.mlp.gate_proj.weight, vision.0.weight, vision.1.weight and 3 more"
+        in (record.getMessage())
+    )
+
+
+@pytest.mark.parametrize("name", ["ffn_gate.bias", "ffn_up.bias", "ffn_down.bias", "attn_q_norm.weight", "attn_q.bias"])
+def test_tensors_of_a_gguf_block_that_nobody_applies_are_refused(tmp_path, name):
+    extra = {f"blk.1.{name}": torch.ones(80).numpy()}
+    path = write_gguf(pico.build_model("llama"), tmp_path / "m.gguf", extra=extra)
+    with pytest.raises(InputError, match=rf"1 tensors belong to layers of this model, .*: blk\.1\.{name}$"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32, torch.bool]
+)
+def test_weights_that_are_codes_are_refused(folder, dtype):
+    name = LAYER + "mlp.down_proj.weight"
+    rewrite(folder, lambda tensors: tensors | {name: tensors[name].to(dtype)})
+    with pytest.raises(
+        InputError, match=rf"{name}: expected weights in BF16, F16, F32, F64, got .*before it was quant"
+    ):
+        open_checkpoint(folder, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json"])
+def test_a_quantisation_described_beside_the_config_is_refused(folder, name):
+    (folder / name).write_text("{}")
+    with pytest.raises(InputError, match=rf"quantized weights \({name}\)"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(folder, bad, tmp_path):
+    def damage(tensors):
+        tensors[LAYER + "mlp.up_proj.weight"][3, 5] = bad
+        return tensors
+
+    rewrite(folder, damage)
+    with pytest.raises(InputError, match=rf"{LAYER}mlp\.up_proj\.weight: expected finite weights"):
+        import_model(folder, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "gguf"])
+def test_an_import_that_overflows_writes_nothing(kind, tmp_path):
+    model = pico.build_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = -70_000.0
+    source = pico.save(model, tmp_path / "m") if kind == "huggingface" else write_gguf(model, tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=r"(mlp\.up_proj|ffn_up)\.weight: its values overflow float16; use bfloat16"):
+        import_model(source, tmp_path / "out.safetensors", dtype="float16")
+    assert not (tmp_path / "out.safetensors").exists()
+    import_model(source, tmp_path / "out.safetensors", dtype="bfloat16")
+    assert (
+        float(open_checkpoint(tmp_path / "out.safetensors").tensor("sublayers.3.gate_up_proj.weight").min()) < -69_000
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_more_blocks_than_the_files_hold_are_refused_before_they_are_built(family, tmp_path):
+    folder = pico.save(pico.build_model(family), tmp_path / "m", tokenizer=False)
+    change_config(folder, num_hidden_layers=10**9)
+    with pytest.raises(InputError, match=r"num_hidden_layers: expected at most 3, .* model\.layers\.3\.\* is missing"):
+        open_checkpoint(folder)
+    for bad in (0, -1, True, "3", None, 2.0):
+        change_config(folder, num_hidden_layers=bad)
+        with pytest.raises(InputError, match="num_hidden_layers: expected a positive integer"):
+            open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads|refused by Transformers"),
+        ({"head_dim": None, "num_attention_heads": 7}, "num_attention_heads|refused by Transformers"),
+        ({"vocab_size": 1 << 62}, r"vocab_size: expected an integer from 1 to 2147483647"),
+        ({"vocab_size": 400}, r"model\.embed_tokens\.weight: expected shape \[400, 72\], got \[384, 72\]"),
+        (
+            {"num_key_value_heads": 9},
+            r"layers\.0\.self_attn\.k_proj\.weight: expected shape \[144, 72\], got \[48, 72\]",
+        ),
+        ({"max_position_embeddings": 1 << 40}, "max_position_embeddings: expected an integer from 1 to"),
+        ({"rope_parameters": {"rope_theta": 1e30, "rope_type": "default"}}, "rope_theta: expected a number"),
+        ({"rope_parameters": {"rope_theta": "big", "rope_type": "default"}}, "rope_theta|refused by Transformers"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta|refused by Transformers"),
+        ({"model_type": ["llama"]}, "model_type: expected one of"),
+        ({"model_type": "\x1b[31mred"}, r"got '\\x1b\[31mred'"),
+    ],
+)
+def test_configs_that_do_not_fit_are_one_line(folder, changes, message):
+    change_config(folder, **changes)
+    with pytest.raises(InputError, match=message) as error:
+        open_checkpoint(folder)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[]", b"3", b"\xff\xfe{}", b'{"a":' * 5000, b"[" * 100_000, b'{"a": NaN}', b'{"a": 1' + b"0" * 400 + b"}",
+     b'{"a": 1, "a": 2}'],
+)  # fmt: skip
+def test_files_that_are_not_what_they_should_be_are_one_line(folder, file, content):
+    (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=rf"model/{file}: ") as error:
+        dict(open_checkpoint(folder).assets)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (None, "not a weight index"),
+        (3, "not a weight index"),
+        ([], "not a weight index"),
+        ({"a": "x" * 300}, "cannot be read: File name too long"),
+        ({"a": "x\x1b[31m"}, r"1 shards are missing, x\\x1b\[31m first"),
+        ({"__metadata__": "model.safetensors"}, "tensor __metadata__, which the index places here, is missing"),
+        ({"lm_head.weights": "model.safetensors"}, r"tensor lm_head\.weights, which the index places here, is missing"),
+    ],
+)
+def test_indexes_that_name_no_shard_are_one_line(folder, weight_map, message):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=message) as error:
+        open_checkpoint(folder)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", [3, None, ["b"], {}, "", "/etc/passwd", "../x.safetensors", "b/../../x", "x\0y"])
+def test_shards_lie_in_the_folder_of_their_index(folder, name):
+    (folder.parent / "x").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {HEAD: name}}))
+    with pytest.raises(InputError, match=r"index\.json: weight_map: expected names of files in this folder, got "):
+        open_checkpoint(folder)
+
+
+def test_shards_of_of_one_name_in_several_folders(pico_llama, tmp_path):
+    tensors = {k: v.contiguous() for k, v in pico_llama[0].state_dict().items()}
+    folder = shutil.copytree(pico_llama[1], tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        (folder / f"part{number}").mkdir()
+        save_file({n: tensors[n].clone() for n in names}, folder / f"part{number}" / "model.safetensors")
+        weight_map |= dict.fromkeys(names, f"part{number}/model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    ours, theirs = open_checkpoint(folder), open_checkpoint(pico_llama[1])
+    assert ours.checksums() == theirs.checksums()
+
+
+def bad_token_files():
+    vocab = {"model": {"type": "BPE", "vocab": {"a": (1 << 31) - 1}, "merges": []}}
+    yield json.dumps(vocab), r"token 'a': expected a token id from 0 to 9999999, got 2147483647"
+    added = {"added_tokens": [{"id": 1 << 31, "content": "x"}], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    yield json.dumps(added), r"token 'x': expected a token id from 0 to 9999999, got 2147483648"
+    yield "[" * 10_000 + "12345678", "at most 64 levels|not JSON"
+    yield "\x1b[31m", "tokenizer cannot be loaded"
+
+
+def test_a_bare_vocabulary_is_checked_too(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps({"a": (1 << 31) - 1}))
+    with pytest.raises(InputError, match=r"vocab\.json: token 'a': expected a token id"):
+        dict(open_checkpoint(folder).assets)
+
+
+@pytest.mark.parametrize(("content", "message"), bad_token_files())
+def test_bad_tokenizers_are_one_line(folder, content, message):
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        dict(open_checkpoint(folder).assets)
+    assert str(error.value).isprintable()
+
+
+CODE = "import pathlib\npathlib.Path({mark!r}).touch()\nclass Own: pass\n"
+
+
+@pytest.mark.parametrize("with_tokenizer_json", [True, False])
+def test_python_of_a_folder_never_runs(folder, tmp_path, with_tokenizer_json):
+    mark = tmp_path / "ran"
+    (folder / "own.py").write_text(CODE.format(mark=str(mark)))
+    auto = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"], "AutoModelForCausalLM": "own.Own"}
+    change_config(folder, auto_map=auto)
+    config = {"tokenizer_class": "Own", "auto_map": auto}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if not with_tokenizer_json:
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text('{"a": 0}')
+    code = "import sys; from depthprune_runtime import checkpoint; dict(checkpoint.open_checkpoint(sys.argv[1]).assets)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        input="y\n" * 100,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "Do you wish to run" not in done.stdout + done.stderr
+    assert done.returncode == 0 or "InputError" in done.stderr.strip().splitlines()[-1], done.stderr
+    assert not mark.exists()
