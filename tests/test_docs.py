@@ -62,6 +62,8 @@ def test_the_site_loads_nothing_from_elsewhere() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert re.search(r"^  font: false$", config, re.MULTILINE)
     assert "http" not in config
+    for page in PAGES:  # diagrams would come with a program from a third party
+        assert "```mermaid" not in page.read_text(encoding="utf-8"), page
 
 
 def test_the_readme_is_short() -> None:
