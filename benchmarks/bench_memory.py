@@ -57,7 +57,12 @@ def build(path: Path, shape: argparse.Namespace) -> int:
     class Random(Checkpoint):
         name = "random"
         dtype = torch.bfloat16
-        provenance: Mapping[str, Any] = {"source": "random", "format": "random", "family": "llama"}
+        provenance: Mapping[str, Any] = {
+            "source": "random",
+            "format": "random",
+            "family": "llama",
+            "blocks": shape.blocks,
+        }
         spec = DecoderSpec(
             hidden_size=shape.hidden,
             vocab_size=shape.vocabulary,

@@ -57,21 +57,20 @@ def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
     from depthprune_runtime.checkpoint import open_checkpoint, write_native
     from depthprune_runtime.pruning import prune as pipeline
     from depthprune_runtime.pruning.calibrator import Calibrator
-    from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
+    from depthprune_runtime.pruning.options import REPAIR_WINDOWS, FlattenGPTOptions
     from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 
     chosen, cpu = FlattenGPTOptions(**options), torch.device("cpu")
     parent = open_checkpoint(task["dense"])
     calibrator = Calibrator(parent, task["calibration"], None, None, task["seed"])
-    size = RepairOptions()
     with torch.inference_mode():
         data = calibrator.windows(64, 512)
         plan = pipeline.plan_flattengpt(parent, task["blocks"], data, cpu, chosen)
         units = pipeline.kept_units(parent.spec, plan, 0.0)
         attention = {first: keep for first, keep in units.items() if first % 2 == 0}
         rebuild = Rebuild(parent, plan, Narrowing(attention, chosen), None, cpu)
-        pruned, plan = rebuild.run(rebuild.walk(calibrator.windows(size.samples, size.seq_len).windows))
-    write_native(Path(task["output"]), pruned)
+        pruned, plan = rebuild.run(rebuild.walk(calibrator.windows(*REPAIR_WINDOWS).windows))
+    write_native(Path(task["output"]), pruned, overwrite=True)
     return pipeline.PruneResult(Path(task["output"]), parent.spec, pruned.spec, plan)
 
 
@@ -91,6 +90,7 @@ def prune_variant(task: dict[str, Any]) -> Any:
         repair=task["repair"],
         calibration=task["calibration"],
         seed=task["seed"],
+        overwrite=True,
         **options,
     )
 

@@ -7,6 +7,8 @@ from typing import Any
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES
 from depthprune_runtime.checkpoint.stored import quantization_to_json
+from depthprune_runtime.errors import printable
+from depthprune_runtime.plan import Edit, Flatten, Narrow, PrunePlan
 from depthprune_runtime.spec import AttentionSpec, SublayerSpec
 
 
@@ -18,6 +20,15 @@ def _widths(sublayer: SublayerSpec) -> dict[str, int]:
             "head_dim": sublayer.head_dim,
         }
     return {"intermediate_size": sublayer.intermediate_size}
+
+
+def _blocks(checkpoint: Checkpoint) -> int:
+    """Blocks of the dense model; for a source that does not say it, as far as sub-layers tell."""
+    said = checkpoint.provenance.get("blocks")
+    if said is not None:
+        return int(said)
+    spec = checkpoint.spec
+    return 1 + max((block for sublayer in spec.sublayers for block in sublayer.origin), default=-1)
 
 
 def _bits(checkpoint: Checkpoint, name: str) -> int:
@@ -34,7 +45,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": DTYPE_NAMES[checkpoint.dtype],
         "spec": spec.to_json(),
         "plan": checkpoint.plan,
-        "provenance": dict(checkpoint.provenance),
+        "provenance": {**checkpoint.provenance, "blocks": _blocks(checkpoint)},
         "parameters": spec.num_parameters(),
         "parameters_without_embeddings": spec.num_parameters(embeddings=False),
         "weight_bytes": checkpoint.weight_bytes(),
@@ -71,18 +82,18 @@ def _map_line(kind: str, description: dict[str, Any], depth: int) -> str:
     return "".join(line)
 
 
-def _ranking_lines(plan: dict[str, Any] | None) -> list[str]:
+def _ranking_lines(plan: PrunePlan | None) -> list[str]:
     """What went in which order, for a plan that ranked single sub-layers."""
-    settings = plan["settings"] if plan is not None else {}
-    if "ranking" not in settings:
+    ranking = () if plan is None else plan.ranking()
+    if plan is None or not ranking:
         return []
     lines = [
         "",
-        f"removed in this order, with the distance ({settings['distance']}) after each",
+        f"removed in this order, with the distance ({printable(plan.settings['distance'])}) after each",
         f"{'step':>4}  {'kind':<10} {'block':<10} {'distance':>12}",
     ]
-    for s in settings["ranking"]:
-        lines.append(f"{s['step']:>4}  {s['kind']:<10} {s['block']:<10} {s['distance']:>12.6g}")
+    for s in ranking:
+        lines.append(f"{s.step:>4}  {s.kind:<10} {s.block:<10} {s.distance:>12.6g}")
     return lines
 
 
@@ -103,25 +114,25 @@ def _quantization_lines(description: dict[str, Any]) -> list[str]:
     ]
 
 
-def _edit_text(edit: dict[str, Any]) -> str:
-    if edit["kind"] == "flatten":
-        return f"flatten blocks {'+'.join(map(str, edit['blocks']))}"
-    if edit["kind"] == "narrow":
-        return f"narrow {edit['sublayer']} to {len(edit['keep'])} units"
-    return f"{edit['kind']} {edit['sublayer']}"
+def _edit_text(edit: Edit) -> str:
+    if isinstance(edit, Flatten):
+        return f"flatten blocks {'+'.join(map(str, edit.blocks))}"
+    if isinstance(edit, Narrow):
+        return f"narrow {edit.sublayer} to {len(edit.keep)} units"
+    return f"drop {edit.sublayer}"
 
 
 def render(description: dict[str, Any]) -> str:
-    """Description for people."""
-    plan = description["plan"]
+    """Description for people, every text out of the file printable and short."""
+    plan = None if description["plan"] is None else PrunePlan.from_json(description["plan"])
     spec = description["spec"]
     depth = description["provenance"]["blocks"]
+    source, form, family = (printable(description["provenance"].get(key)) for key in ("source", "format", "family"))
     kinds = [s["kind"] for s in description["sublayers"]]
     lines = [
-        f"{description['name']}: {description['dtype']}, hidden_size {spec['hidden_size']}, "
+        f"{printable(description['name'], 1000)}: {description['dtype']}, hidden_size {spec['hidden_size']}, "
         f"vocab_size {spec['vocab_size']}, context {spec['max_position_embeddings']}",
-        f"source      {description['provenance'].get('source')} ({description['provenance'].get('format')}, "
-        f"{description['provenance'].get('family')})",
+        f"source      {source} ({form}, {family})",
         f"sub-layers  {kinds.count('attention')} attention, {kinds.count('ffn')} FFN",
         f"parameters  {description['parameters']:,} "
         f"({description['parameters_without_embeddings']:,} without embeddings)",
@@ -133,8 +144,8 @@ def render(description: dict[str, Any]) -> str:
     if plan is None:
         lines.append("plan        none: dense")
     else:
-        edits = ", ".join(_edit_text(e) for e in plan["edits"])
-        lines.append(f"plan        {plan['method']}: {edits or 'no edits'}")
+        edits = ", ".join(_edit_text(e) for e in plan.edits)
+        lines.append(f"plan        {printable(plan.method)}: {edits or 'no edits'}")
     lines += [
         "by block of the parent (# kept, . gone)",
         f"  attention {_map_line('attention', description, depth)}",

@@ -54,3 +54,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if resolved not in _DTYPES.values():
         raise InputError(f"dtype: expected auto, {', '.join(_DTYPES)}, got {dtype!r}")
     return resolved
+
+
+def overflow_hint(dtype: torch.dtype) -> str:
+    """What to do where numbers of `dtype` became infinite."""
+    if dtype == torch.float16:
+        return "give dtype bf16 or fp32 (and a source that was not made in fp16)"
+    return "give dtype fp32" if dtype == torch.bfloat16 else "its weights are too large to compute with"

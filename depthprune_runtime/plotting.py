@@ -6,11 +6,12 @@ coloured by the distance from the dense model when it went, and carries its plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 
 _ROWS = (("attention", 1), ("ffn", 0))  # kind, height in the picture
 _KEPT = "#c9d3df"
@@ -34,12 +35,17 @@ def removals(plan: dict[str, Any] | None) -> tuple[dict[tuple[str, int], _Gone],
     if "ranking" in settings:
         ranking = settings["ranking"]
         found = {(s["kind"], s["block"]): _Gone(s["step"], s["distance"]) for s in ranking}
-        return found, f"distance after its removal ({settings['distance']})"
+        return found, f"distance after its removal ({_shown(settings['distance'])})"
     order = settings.get("removal_order")
     if isinstance(order, list):
         known = {(kind, block): _Gone(n, float(n)) for n, block in enumerate(order, 1) for kind, _ in _ROWS}
         return known, "order of removal"
     return {}, ""
+
+
+def _shown(text: object) -> str:
+    """A text out of a file, short, and without what matplotlib would read as a formula."""
+    return printable(text, 80).replace("$", r"\$")
 
 
 def _runs(blocks: list[int]) -> list[tuple[int, int]]:
@@ -107,16 +113,21 @@ def _legend(axes: Any, merged: bool, ordered: bool) -> None:
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9)
 
 
-def plot_map(description: dict[str, Any], path: str | Path) -> None:
+def plot_map(
+    description: dict[str, Any], path: str | Path, overwrite: bool = False, sources: Sequence[Path] = ()
+) -> None:
     """Draw the map of a model described by `inspection.inspect` into `path`, .png or .svg.
 
-    Raises InputError without matplotlib, and for another kind of file.
+    overwrite: let `path` replace a file that is there, but never one of `sources`, the model's own. Raises InputError
+    without matplotlib, and for another kind of file.
     """
-    target = Path(path)
+    from depthprune_runtime.checkpoint.container import atomic_file
+    from depthprune_runtime.checkpoint.outputs import as_path, check_destination
+
+    target = as_path(path, "output")
     if target.suffix not in _SUFFIXES:
         raise InputError(f"output {target}: expected a name that ends in {' or '.join(_SUFFIXES)}")
-    if not target.parent.is_dir():
-        raise InputError(f"output {target}: its folder {target.parent} does not exist; create it first")
+    check_destination(target, sources, overwrite)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -132,7 +143,7 @@ def plot_map(description: dict[str, Any], path: str | Path) -> None:
     plan = description["plan"]
     what = plan["method"] if plan is not None else "dense"
     name = Path(description["name"]).name
-    axes.set_title(f"{name} ({what}), {description['parameters'] / 1e6:,.1f} M parameters", pad=26)
+    axes.set_title(f"{_shown(name)} ({_shown(what)}), {description['parameters'] / 1e6:,.1f} M parameters", pad=26)
     _legend(axes, any(len(s["origin"]) > 1 for s in description["sublayers"]), bool(removals(plan)[0]))
     axes.set_xlim(-0.7, depth - 0.3)
     axes.set_ylim(-0.55, 1.55)
@@ -142,4 +153,5 @@ def plot_map(description: dict[str, Any], path: str | Path) -> None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    figure.savefig(target, dpi=150)
+    with atomic_file(target, overwrite) as file:
+        figure.savefig(file, format=target.suffix[1:], dpi=150)

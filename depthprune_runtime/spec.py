@@ -14,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.fields import from_fields
 
 Shape = tuple[int, ...]
+_MAX_INT = (1 << 63) - 1
+_MAX_FLOAT = 3.4028234663852886e38  # of float32, which positions and norms are computed in
 RopeKind = Literal["default", "linear", "llama3", "factors"]
-_T = TypeVar("_T")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -50,28 +52,9 @@ def _require_origin(owner: str, origin: tuple[int, ...]) -> None:
 
 def _require_number(owner: str, name: str, value: object) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    good = good and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
-    _require(good, f"{owner}.{name}: expected a positive number, got {value!r}")
-
-
-def from_fields(cls: type[_T], data: object, what: str) -> _T:
-    """Build dataclass `cls` from a JSON object; unknown and missing keys are refused by name."""
-    if not isinstance(data, dict):
-        raise InputError(f"{what}: expected a JSON object, got {type(data).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(fields))
-    _require(not unknown, f"{what}: unknown keys {unknown}; known are {sorted(fields)}")
-    missing = sorted(
-        n
-        for n, f in fields.items()
-        if n not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    )
-    _require(not missing, f"{what}: missing keys {missing}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:  # a field of the wrong JSON type, met while validating
-        raise InputError(f"{what}: {error}") from error
+    good = good and 0 < value <= (_MAX_INT if isinstance(value, int) else _MAX_FLOAT)  # type: ignore[operator]
+    shown = "a larger integer" if isinstance(value, int) and abs(value) > _MAX_INT else printable(repr(value))
+    _require(good, f"{owner}.{name}: expected a positive number that float32 holds, got {shown}")
 
 
 @dataclass(frozen=True)
@@ -203,7 +186,7 @@ _SUBLAYER_TYPES: dict[str, type[AttentionSpec] | type[FFNSpec]] = {"attention": 
 def _sublayer_from_json(data: object, what: str) -> SublayerSpec:
     kind = data.get("kind") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(kind, str) or kind not in _SUBLAYER_TYPES:
-        raise InputError(f"{what}: expected an object with kind 'attention' or 'ffn', got kind {kind!r}")
+        raise InputError(f"{what}: expected an object with kind 'attention' or 'ffn', got kind {printable(repr(kind))}")
     return from_fields(_SUBLAYER_TYPES[kind], {k: v for k, v in data.items() if k != "kind"}, what)
 
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 
 _WIKITEXT_FILES = {
     "wikitext2": ("wiki.train.raw", "wiki.train.head.raw"),
@@ -30,17 +30,35 @@ _RUN = 8  # words; paragraphs that share so many in a row are not told apart
 _PARTS = 4  # one of which is the test
 
 
+def text_file(source: str) -> tuple[Path, ...]:
+    """The file that `load_text` would read, if it is one that the caller named."""
+    if not isinstance(source, str):
+        raise InputError(f"text: expected a name or a path, got {printable(repr(source))}")
+    return () if source in NAMED_TEXTS else (Path(source).expanduser(),)
+
+
+def known_ids(ids: list[int], vocab_size: int, model: str) -> list[int]:
+    """`ids` of a text, all of which `model` must have a row of its embedding for."""
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise InputError(
+            f"{model}: its tokenizer makes token id {max(ids)} of this text, but its embedding has {vocab_size} rows; "
+            "the tokenizer is that of another model"
+        )
+    return ids
+
+
 def load_text(source: str) -> str:
     """Text of a named source or of a UTF-8 file (plain or .gz). Raises InputError in one line."""
+    files = text_file(source)
     if source in ("builtin", "builtin-test"):
         return _builtin(test=source == "builtin-test")
     if source in _WIKITEXT_FILES:
         return _wikitext2(source)
     if source == "wikitext2-joined":
         return rows_joined(_wikitext2("wikitext2"), " ")
-    path = Path(source).expanduser()
+    (path,) = files
     if not path.is_file():
-        raise InputError(f"text {source}: no such file, and not one of {', '.join(NAMED_TEXTS)}")
+        raise InputError(f"text {printable(source)}: no such file, and not one of {', '.join(NAMED_TEXTS)}")
     return _read(path)
 
 

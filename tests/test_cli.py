@@ -138,7 +138,7 @@ def test_mistakes_with_values(pico_llama, pico_file, tmp_path, capsys):
     assert "expected 0 to 5" in one_line(capsys, *prune, "--blocks", 6)
     assert "required" in one_line(capsys, *prune, status=2)
     assert "invalid choice" in one_line(capsys, *prune, "--blocks", 1, "--method", "magic", status=2)
-    assert "arguments are required" in one_line(capsys, status=2)
+    assert "arguments are required" in one_line(capsys, "-q", status=2)
     generate = ["generate", pico_file]
     assert "at least one" in one_line(capsys, *generate)
     assert "at most 255 tokens" in one_line(capsys, *generate, "-p", "word " * 300)
@@ -245,7 +245,7 @@ def test_a_method_has_its_own_strength_of_the_repair(pico_file, tmp_path, capsys
     prune = ["prune", pico_file, "-o", tmp_path / "out", "--blocks", 1, "-q", *SMALL, "--method", method, "--json"]
     status, out, _ = run(capsys, *prune)
     assert (status, json.loads(out)["plan"]["settings"]["repair"]["strength"]) == (0, strength)
-    status, out, _ = run(capsys, *prune, "--repair-strength", 0.5)
+    status, out, _ = run(capsys, *prune, "--repair-strength", 0.5, "--force")
     assert (status, json.loads(out)["plan"]["settings"]["repair"]["strength"]) == (0, 0.5)
 
 

@@ -73,7 +73,9 @@ def test_pruned_for_real(smollm2_file, tmp_path):
         return perplexity(Runtime.load(path), text, seq_len=512, windows=6).perplexity
 
     def pruned(**options):
-        result = prune(smollm2_file, tmp_path / "p.safetensors", blocks=3, samples=32, seq_len=256, **options)
+        result = prune(
+            smollm2_file, tmp_path / "p.safetensors", blocks=3, samples=32, seq_len=256, overwrite=True, **options
+        )
         assert len(result.spec.sublayers) == 54
         return measured(result.path)
 

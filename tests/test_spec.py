@@ -114,7 +114,7 @@ def corrupted(**changes):
         ({"sublayers__1__kind": ["ffn"]}, "got kind"),
         ({"sublayers": {}}, "expected a list"),
         ({"rope": None}, "spec.rope: expected a JSON object"),
-        ({"hidden_size": "4096"}, "expected an integer >= 1, got '4096'"),
+        ({"hidden_size": "4096"}, "spec.hidden_size: expected an integer .*, got '4096'"),
         ({"hidden_size": -1}, "got -1"),
         ({"hidden_size": True}, "got True"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),

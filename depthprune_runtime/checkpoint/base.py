@@ -6,6 +6,7 @@ import abc
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES, TensorEntry, checksum
+from depthprune_runtime.checkpoint.mapped import WatchedFile
 from depthprune_runtime.checkpoint.stored import weight_entries
 from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import DecoderSpec
@@ -30,7 +32,8 @@ class Checkpoint(abc.ABC):
     name: for messages; dtype: of all tensors that are not quantised; assets: file name -> contents (tokenizer,
     generation config); provenance: JSON object that says where the weights come from (source, format, family, blocks of
     the dense model); plan: JSON of the `PrunePlan` that made it, None for a dense model; quantization: weight name ->
-    how it is quantised, for those that are.
+    how it is quantised, for those that are; source_files: files and folders that its tensors are read from, which no
+    output may replace; watched: those that are mapped while tensors are read.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Checkpoint(abc.ABC):
     provenance: Mapping[str, Any]
     plan: Mapping[str, Any] | None = None
     quantization: Mapping[str, QuantSpec] = MappingProxyType({})
+    source_files: tuple[Path, ...] = ()
+    watched: tuple[WatchedFile, ...] = ()
 
     @property
     @abc.abstractmethod
@@ -53,6 +58,15 @@ class Checkpoint(abc.ABC):
     def weight(self, name: str) -> Tensor | QuantizedWeight:
         """Weight `name` as it is stored: what `tensor` gives, or quantised."""
         return self.tensor(name)
+
+    def stored_checksum(self, entry: str) -> str | None:
+        """Checksum that tensor `entry` of `entries` must have; None where no file says so, or it is computed."""
+        return None
+
+    def check_unchanged(self) -> None:
+        """Raises InputError if a file that this is read from was written to since it was opened."""
+        for file in self.watched:
+            file.check_unchanged()
 
     def entries(self) -> dict[str, list[TensorEntry]]:
         """Weight name -> the tensors that it is stored as: one, or the parts of a quantised weight."""

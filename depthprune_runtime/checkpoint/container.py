@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.checkpoint.gate import parse_object, reading
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.spec import Shape
 
 DTYPES: dict[str, torch.dtype] = {
@@ -35,6 +36,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _EMPTY_CHECKSUM = "0" * 16
 _ALIGNMENT = 64  # bytes; mapped weights then start on a cache line and on a SIMD register
 _MAX_HEADER = 1 << 28
+_MAX_AXES = 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
@@ -60,20 +62,6 @@ def checksum(tensor: Tensor) -> str:
     digest = xxhash.xxh3_64(f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}".encode())
     digest.update(_raw_bytes(tensor))
     return digest.hexdigest()
-
-
-def check_destination(path: Path, nbytes: int = 0) -> None:
-    """Refuse early, before a long job, an output path that cannot be written."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"output {path}: expected a regular file or a new name, got something else of that name")
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(f"output {path}: its folder {folder} does not exist; create it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"output {path}: its folder {folder} is not writable")
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise InputError(f"output {path}: needs {nbytes:,} bytes, its disk has {free:,} free")
 
 
 @contextlib.contextmanager
@@ -107,14 +95,31 @@ class PendingFile:
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def publish(self, path: Path) -> None:
-        """Give the file the name `path` in the same folder, in place of whatever has it."""
+    def publish(self, path: Path, overwrite: bool = True) -> None:
+        """Give the file the name `path` in the same folder; overwrite: in place of whatever has it by now.
+
+        Raises InputError if something has that name and must not be replaced.
+        """
         if self._nameless:
             self._temporary.unlink(missing_ok=True)
             descriptor = self.file.fileno()
             # a descriptor argument makes CPython call linkat, which follows the link; link would not
             os.link(f"/proc/self/fd/{descriptor}", self._temporary, src_dir_fd=descriptor, follow_symlinks=True)
-        self._temporary.replace(path)
+        if overwrite:
+            self._temporary.replace(path)
+            return
+        try:
+            os.link(self._temporary, path)  # unlike a renaming, it never replaces
+        except FileExistsError as error:
+            raise InputError(
+                f"output {path}: another process made it meanwhile; choose another name, or let it be replaced with "
+                "--force (overwrite=True)"
+            ) from error
+        except OSError:  # a file system without hard links
+            if path.exists():
+                raise InputError(f"output {path}: another process made it meanwhile; choose another name") from None
+            self._temporary.replace(path)
+        self._discard()
 
 
 @contextlib.contextmanager
@@ -133,13 +138,16 @@ def atomic_files(path: Path) -> Iterator[Callable[[str], PendingFile]]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the name `path` only when the body ends well; else nothing is left."""
+def atomic_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that takes the name `path` only when the body ends well; else nothing is left.
+
+    overwrite: in place of whatever has that name by then.
+    """
     with atomic_files(path) as make:
         pending = make(path.name)
         yield pending.file
         pending.complete()
-        pending.publish(path)
+        pending.publish(path, overwrite)
 
 
 def _header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
@@ -164,12 +172,13 @@ def write_entries(
     entries: list[TensorEntry],
     tensor: Callable[[str], Tensor],
     metadata: Callable[[Mapping[str, str]], Mapping[str, str]],
-    on_tensor: Callable[[TensorEntry], None] = lambda _: None,
+    on_tensor: Callable[[TensorEntry, str], None] = lambda *_: None,
 ) -> tuple[dict[str, str], str]:
     """Write `entries` in order into `file`, holding one tensor at a time.
 
     `metadata(checksums)` gives the string metadata from name -> checksum; it is called twice, before
-    and after the data, and must have the same length both times. `on_tensor` is called after each one.
+    and after the data, and must have the same length both times. `on_tensor` is called after each one,
+    with its checksum.
     Returns the checksums, and the checksum of the header.
     """
     first = _header(entries, metadata({e.name: _EMPTY_CHECKSUM for e in entries}))
@@ -181,7 +190,7 @@ def write_entries(
             raise AssertionError(f"{entry.name}: {data.dtype} {tuple(data.shape)} is not {entry}")
         checksums[entry.name] = checksum(data)
         file.write(_raw_bytes(data))
-        on_tensor(entry)
+        on_tensor(entry, checksums[entry.name])
     last = _header(entries, metadata(checksums))
     assert len(last) == len(first)
     file.seek(0)
@@ -194,32 +203,59 @@ def header_checksum(header: bytes) -> str:
     return xxhash.xxh3_128(header).hexdigest()
 
 
+def _check_entry(name: str, entry: Any) -> tuple[int, int]:
+    """(first byte, end) of one tensor, after its dtype, shape and offsets have been found to agree."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"tensor {printable(name)}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    good = isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not good or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]) or len(shape) > _MAX_AXES:
+        raise InputError(f"tensor {printable(name)}: expected a dtype, a shape and two offsets, got {printable(entry)}")
+    first, end = offsets
+    known = DTYPES.get(dtype)
+    if end < first or (known is not None and math.prod(shape) * known.itemsize != end - first):
+        raise InputError(f"tensor {printable(name)} of shape {printable(shape)} claims {end - first} bytes")
+    return first, end
+
+
+def _check_header(header: Mapping[str, Any]) -> int:
+    """Bytes of data that `header` describes: tensor behind tensor, without holes and overlaps."""
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError("its metadata: expected texts")
+    ranges = {name: _check_entry(name, entry) for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for name, (first, last) in sorted(ranges.items(), key=lambda item: item[1]):
+        if first != end:
+            raise InputError(f"tensor {printable(name)} begins at byte {first}, expected {end}")
+        end = last
+    return end
+
+
 def read_header(path: Path, expected_checksum: str | None = None) -> dict[str, Any]:
-    """The JSON header of a safetensors file, checked against the file's size and, if given, a checksum."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-            raise InputError(
-                f"{path}: truncated or not a safetensors file: {size} bytes, its header claims {length} bytes"
-            )
-        text = file.read(length)
-    if expected_checksum is not None and header_checksum(prefix + text) != expected_checksum:
-        raise InputError(f"{path}: damaged, or a shard of another checkpoint: its header is not the expected one")
-    try:
-        header = json.loads(text)
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-        sizes = {k: (DTYPES.get(e["dtype"]), e["shape"], e["data_offsets"]) for k, e in entries.items()}
-        for name, (dtype, shape, (start, stop)) in sizes.items():
-            if dtype is not None and torch.Size(shape).numel() * dtype.itemsize != stop - start:
-                raise InputError(f"{path}: damaged: tensor {name} of shape {shape} claims {stop - start} bytes")
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file: its header cannot be read ({error})") from error
-    expected = 8 + length + end
-    if size != expected:
-        raise InputError(f"{path}: truncated or damaged: expected {expected} bytes by its header, got {size}")
-    return dict(header)
+    """The JSON header of a safetensors file, checked against the file's size and, if given, a checksum.
+
+    Every entry has a `dtype` (a text), a `shape` and `data_offsets` that agree; the tensors fill the file.
+    """
+    name = printable(path, 1000)
+    with reading(path):
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+                raise InputError(
+                    f"{name}: truncated or not a safetensors file: {size} bytes, its header claims {length} bytes"
+                )
+            text = file.read(length)
+        if expected_checksum is not None and header_checksum(prefix + text) != expected_checksum:
+            raise InputError(f"{name}: damaged, or a shard of another checkpoint: its header is not the expected one")
+        try:
+            header = parse_object(text, "its header")
+            end = _check_header(header)
+        except InputError as error:
+            raise InputError(f"{name}: damaged or not a safetensors file: {error}") from error
+        expected = 8 + length + end
+        if size != expected:
+            raise InputError(f"{name}: truncated or damaged: expected {expected} bytes by its header, got {size}")
+    return header

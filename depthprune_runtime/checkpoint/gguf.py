@@ -21,6 +21,7 @@ from depthprune_runtime.checkpoint.gate import reading
 from depthprune_runtime.checkpoint.gguf_header import GGUFHeader, is_gguf
 from depthprune_runtime.checkpoint.gguf_split import read_gguf_parts
 from depthprune_runtime.checkpoint.gguf_tokenizer import gguf_assets
+from depthprune_runtime.checkpoint.mapped import WatchedFile
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.families import GGUF_NAMES, decoder_spec
 from depthprune_runtime.spec import AttentionSpec
@@ -46,6 +47,8 @@ class GGUFCheckpoint(DenseCheckpoint):
         self._metadata = headers[0].metadata
         self._homes: dict[str, GGUFHeader] = {name: header for header in headers for name in header.tensors}
         kinds = sorted({t.kind.name for header in headers for t in header.tensors.values()})
+        self.source_files = tuple(header.path for header in headers)
+        self.watched = tuple(WatchedFile(file) for file in self.source_files)
         self.dtype = dtype if dtype is not None else torch.bfloat16
         with reading(path):
             config = self._config()
@@ -140,6 +143,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         """Tensor `source`, dequantised and flat, as arrays that stay in the cache."""
         from gguf.quants import dequantize
 
+        self.check_unchanged()
         header = self._homes[source]
         tensor = header.tensors[source]
         if tensor.kind in _PLAIN:

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from depthprune_runtime.checkpoint.assets import one_line, transformers_config, transformers_tokenizer
@@ -24,6 +23,7 @@ from depthprune_runtime.checkpoint.base import (
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES, read_header
 from depthprune_runtime.checkpoint.dense import DenseCheckpoint, StoredTensor, check_block_count, check_tensors
 from depthprune_runtime.checkpoint.gate import parse_json, read_object, reading
+from depthprune_runtime.checkpoint.mapped import MappedFile, WatchedFile
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.families import FAMILIES, HF_NAMES, decoder_spec
 
@@ -110,11 +110,12 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         self.folder = self.where = folder
         self.source_files = (folder,)
         self.name = name or folder.name or str(folder)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, MappedFile] = {}
         stored = self._stored_config()
         self._files = weight_files(folder)
         if not self._files:
             raise InputError(f"{folder}: no weights; expected {_SINGLE} or {_INDEX}")
+        self.watched = tuple(WatchedFile(file) for file in set(self._files.values()))
         self._stored = self._stored_tensors()
         if "num_hidden_layers" in stored:  # before a config of that size is built
             self._check_blocks(stored["num_hidden_layers"])
@@ -215,9 +216,8 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         path = self._files[source]
         with reading(path):
             if path not in self._open:
-                self._open[path] = safe_open(path, "pt")
-            tensor: Tensor = self._open[path].get_tensor(source)
-        return tensor
+                self._open[path] = MappedFile(path)
+            return self._open[path].tensor(source)
 
     @functools.cached_property
     def _assets(self) -> dict[str, bytes]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import shards, stored
@@ -29,23 +28,21 @@ from depthprune_runtime.checkpoint.container import (
     PendingFile,
     TensorEntry,
     atomic_files,
-    check_destination,
     checksum,
     read_header,
     write_entries,
 )
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.checkpoint.description import FORMAT_VERSION, Description
+from depthprune_runtime.checkpoint.gate import parse_object, reading
+from depthprune_runtime.checkpoint.mapped import MappedFile
+from depthprune_runtime.checkpoint.outputs import check_output
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.quantized import QuantizedWeight
-from depthprune_runtime.spec import DecoderSpec
 
 FORMAT = "depthprune"
-FORMAT_VERSION = 1
 _ASSET_PREFIX = "assets."
 _GUARD_NAME = "model.norm.weight"
 _GUARD_TEXT = b"a depthprune checkpoint: load it with depthprune_runtime.Runtime.load"
-_KEYS = {"format_version", "dtype", "spec", "plan", "provenance", "checksums"}
-_OPTIONAL_KEYS = {"quantization"}  # weight name -> fields of its QuantSpec; left out where nothing is quantised
-_INDEX_KEYS = {"shards", "weight_map"}  # of a head: shard -> checksum of its header, tensor -> shard
 
 
 def _metadata_checksum(text: str) -> str:
@@ -62,61 +59,49 @@ class NativeCheckpoint(Checkpoint):
         self.name = str(path)
         self.path = path
         header = read_header(path)
-        content = self._content(header)
-        try:
-            self.spec = DecoderSpec.from_json(content["spec"])
-            self.quantization = stored.quantization_from_json(content.get("quantization", {}), self.spec)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        self.dtype = DTYPES[content["dtype"]]
-        self.plan = content["plan"]
-        self.provenance = content["provenance"]
-        self._checksums: dict[str, str] = content["checksums"]
-        self._weight_map: dict[str, str] = content.get("weight_map", {})
-        headers = {path.name: header, **self._shard_headers(content.get("shards", {}))}
-        self._check_tensors(headers)
-        self._files: dict[str, Any] = {}
-        for name in headers:
-            try:
-                self._files[name] = safe_open(path.with_name(name), "pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path.with_name(name)}: damaged: {error}") from error
+        with reading(path):
+            content = Description.from_json(self._content(header))
+        self.spec, self.quantization = content.spec, content.quantization
+        self.dtype = DTYPES[content.dtype]
+        self.plan, self.provenance = content.plan, content.provenance
+        self._checksums, self._weight_map = content.checksums, content.weight_map
+        headers = {path.name: header, **self._shard_headers(content.shards)}
+        self.source_files = tuple(path.with_name(name) for name in headers)
+        with reading(path):
+            self._check_tensors(headers)
+        self._files = {name: MappedFile(path.with_name(name)) for name in headers}
+        self.watched = tuple(self._files.values())
         self._asset_names = [n for n in self._checksums if n.startswith(_ASSET_PREFIX)]
         if verify:
             self.verify()
 
     def _content(self, header: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON in `header`, of which nothing is known yet but that it has not changed since it was written."""
         metadata = header.get("__metadata__") or {}
-        if isinstance(metadata, dict) and metadata.get("format") == shards.SHARD_FORMAT:
+        if metadata.get("format") == shards.SHARD_FORMAT:
             raise InputError(
                 f"{self.path}: one shard of a checkpoint; give its head, the file of the same name without "
                 "-00000-of-00000-..."
             )
-        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        if metadata.get("format") != FORMAT:
             raise InputError(
                 f"{self.path}: not a depthprune checkpoint (no such format mark); for a Hugging Face model give its "
                 "folder, not a file in it"
             )
         text = metadata.get(FORMAT)
-        if not isinstance(text, str) or metadata.get("checksum") != _metadata_checksum(text):
+        if text is None or metadata.get("checksum") != _metadata_checksum(text):
             raise InputError(f"{self.path}: damaged: its description does not match its checksum")
-        content = json.loads(text)
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise InputError(
-                f"{self.path}: expected format version {FORMAT_VERSION}, got {version!r}; use the matching release"
-            )
-        if set(content) - _OPTIONAL_KEYS not in (_KEYS, _KEYS | _INDEX_KEYS):
-            raise InputError(f"{self.path}: expected keys {sorted(_KEYS)}, got {sorted(content)}")
-        return dict(content)
+        return parse_object(text.encode(), "description")
 
     def _shard_headers(self, listed: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """Header of every shard; each must be the one that was written with this head."""
+        if self.path.name in listed:
+            raise InputError(f"{self.path}: damaged: its description lists it as a shard of its own")
         missing = sorted(n for n in listed if not self.path.with_name(n).is_file())
         if missing:
             raise InputError(
-                f"{self.path}: {len(missing)} of its {len(listed)} shards are missing in its folder, {missing[0]} "
-                "first; a checkpoint in several files moves as a whole"
+                f"{self.path}: {len(missing)} of its {len(listed)} shards are missing in its folder, "
+                f"{printable(missing[0])} first; a checkpoint in several files moves as a whole"
             )
         return {name: read_header(self.path.with_name(name), expected) for name, expected in listed.items()}
 
@@ -139,18 +124,23 @@ class NativeCheckpoint(Checkpoint):
             if tuple(entry["shape"]) != expected.shape or entry["dtype"] != dtype:
                 raise InputError(
                     f"{self.path}: damaged: {expected.name}: expected {dtype} {list(expected.shape)}, "
-                    f"got {entry['dtype']} {entry['shape']}"
+                    f"got {printable(entry['dtype'])} {printable(entry['shape'])}"
                 )
+        for name in set(entries) - set(wanted):
+            known = name == _GUARD_NAME or name.startswith(_ASSET_PREFIX)
+            if not known or entries[name]["dtype"] != "U8":
+                raise InputError(f"{self.path}: damaged: {printable(name)} is neither a weight nor a file in bytes")
 
     def verify(self) -> None:
         """Read everything and compare with the checksums."""
         where = [(self._weight_map.get(n, self.path.name), n) for n in self._checksums]
         where += [(file, _GUARD_NAME) for file in self._files if file != self.path.name]
         for file, name in where:
-            found, expected = checksum(self._files[file].get_tensor(name)), self._checksums[name]
+            found, expected = checksum(self._files[file].tensor(name)), self._checksums[name]
             if found != expected:
                 raise InputError(
-                    f"{self.path.with_name(file)}: damaged: tensor {name} has checksum {found}, expected {expected}"
+                    f"{self.path.with_name(file)}: damaged: tensor {printable(name)} has checksum {found}, "
+                    f"expected {expected}"
                 )
 
     @property
@@ -158,8 +148,10 @@ class NativeCheckpoint(Checkpoint):
         return {n.removeprefix(_ASSET_PREFIX): self._stored(n).numpy().tobytes() for n in self._asset_names}
 
     def _stored(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[self._weight_map.get(name, self.path.name)].get_tensor(name)
-        return tensor
+        return self._files[self._weight_map.get(name, self.path.name)].tensor(name)
+
+    def stored_checksum(self, entry: str) -> str | None:
+        return self._checksums.get(entry)
 
     def weight(self, name: str) -> Tensor | QuantizedWeight:
         quant = self.quantization.get(name)
@@ -212,9 +204,16 @@ class _Writer:
         part: Tensor = getattr(self._checkpoint.weight(whole), name.rpartition(".")[2])
         return part
 
-    def _done(self, entry: TensorEntry) -> None:
-        if entry.name != _GUARD_NAME:  # its number depends on that of the files
-            self._on_tensor(entry.name)
+    def _done(self, entry: TensorEntry, found: str) -> None:
+        if entry.name == _GUARD_NAME:
+            return  # its number depends on that of the files
+        expected = self._checkpoint.stored_checksum(entry.name)
+        if expected not in (None, found):
+            raise InputError(
+                f"{self._checkpoint.name}: tensor {entry.name} has checksum {found}, expected {expected}: something "
+                "wrote to the file since it was opened; try again when that has ended"
+            )
+        self._on_tensor(entry.name)
 
     def _metadata(self, checksums: Mapping[str, str], index: Mapping[str, Any]) -> Mapping[str, str]:
         content = {
@@ -230,6 +229,14 @@ class _Writer:
             content["quantization"] = stored.quantization_to_json(self._checkpoint.quantization, self._checkpoint.spec)
         text = json.dumps(content, separators=(",", ":"))
         return {"format": FORMAT, FORMAT: text, "checksum": _metadata_checksum(text)}
+
+    def check(self) -> None:
+        """Refuse what could not be read again."""
+        text = self._metadata({}, {})[FORMAT]
+        try:
+            Description.from_json(parse_object(text.encode(), "description"))
+        except InputError as error:
+            raise InputError(f"{self._checkpoint.name}: cannot be written: {error}") from error
 
     def shard(self, pending: PendingFile, weights: list[TensorEntry]) -> tuple[dict[str, str], str]:
         """One shard; the checksums of its tensors, and that of its header."""
@@ -262,18 +269,21 @@ def write_native(
     checkpoint: Checkpoint,
     on_tensor: Callable[[str], None] = lambda _: None,
     max_shard_size: int | str = shards.DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
 ) -> None:
     """Write any `checkpoint` (dense import or pruned view), streamed: as one file, or, where its weights take more
     than `max_shard_size` (bytes, or text such as `5GB`), as a head at `path` and shards beside it.
 
     Nothing has a name before all of it is written; the head takes its name last, so that whoever stops the
     process at any moment finds at `path` what was there before, or the whole new checkpoint. on_tensor: called
-    after each tensor of `Checkpoint.entries` and each asset.
+    after each tensor of `Checkpoint.entries` and each asset. overwrite: let `path` replace a file that is there; a
+    file that `checkpoint` is read from is never replaced.
     """
     limit = shards.parse_size(max_shard_size)
     writer = _Writer(path, checkpoint, on_tensor)
+    writer.check()
     groups = [stored.aligned(group) for group in shards.split(writer.weights, limit)]
-    check_destination(path, sum(e.nbytes for e in writer.weights))
+    check_output(path, checkpoint.source_files, overwrite, sum(e.nbytes for e in writer.weights))
     with atomic_files(path) as make:
         written: dict[str, PendingFile] = {}
         checksums: dict[str, str] = {}
@@ -290,10 +300,11 @@ def write_native(
                 index["weight_map"] |= dict.fromkeys(found, name)
         head = make(path.name)
         writer.head(head, groups[0] if len(groups) == 1 else [], checksums, index)
+        checkpoint.check_unchanged()
         with shards.publishing(path.parent):
             try:
                 for name, pending in written.items():
                     pending.publish(path.with_name(name))
-                head.publish(path)
+                head.publish(path, overwrite)
             finally:
                 shards.remove_stale(path)

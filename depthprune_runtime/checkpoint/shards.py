@@ -27,7 +27,7 @@ from depthprune_runtime.errors import InputError
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000  # bytes of weights in a file, as in Transformers
 SHARD_FORMAT = "depthprune-shard"
-_MAX_SHARDS = 500  # all are open at once until they are published
+MAX_SHARDS = 500  # all are open at once until they are published
 _MAX_HEAD = 1 << 28
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -54,9 +54,9 @@ def split(entries: Iterable[TensorEntry], max_shard_size: int) -> list[list[Tens
             size = 0
         groups[-1].append(entry)
         size += entry.nbytes
-    if len(groups) > _MAX_SHARDS:
+    if len(groups) > MAX_SHARDS:
         raise InputError(
-            f"max_shard_size: {max_shard_size} bytes would make {len(groups)} shards, expected at most {_MAX_SHARDS}; "
+            f"max_shard_size: {max_shard_size} bytes would make {len(groups)} shards, expected at most {MAX_SHARDS}; "
             "allow larger ones"
         )
     return groups
@@ -73,13 +73,13 @@ def shard_name(path: Path, number: int, count: int, header_checksum: str) -> str
 
 def _shards_of(file: Path) -> set[str]:
     """Names of the shards that `file` refers to; none if it is no head."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             text = opened.read(length) if length <= min(file.stat().st_size, _MAX_HEAD) else b""
         if b"weight_map" in text:
             content: dict[str, Any] = json.loads(json.loads(text)["__metadata__"]["depthprune"])
-            return set(content["shards"])
+            return {name for name in content["shards"] if isinstance(name, str)}
     return set()
 
 

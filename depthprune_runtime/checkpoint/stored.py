@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint.container import TensorEntry
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.fields import from_fields
 from depthprune_runtime.quantized import PANEL_ROWS, QuantizedWeight, QuantSpec
-from depthprune_runtime.spec import DecoderSpec, from_fields
+from depthprune_runtime.spec import DecoderSpec
 
 _PART_DTYPES = {"codes": torch.uint8, "scales": torch.bfloat16, "zeros": torch.uint8}
 _STRIP_ELEMENTS = 1 << 23  # of a weight, dequantised through float32 at a time
@@ -54,7 +55,7 @@ def quantization_from_json(data: object, spec: DecoderSpec) -> dict[str, QuantSp
     if not isinstance(data, dict):
         raise InputError(f"quantization: expected a JSON object, got {type(data).__name__}")
     if unknown := sorted(set(data) - set(spec.projections())):
-        raise InputError(f"quantization: expected names of projections, got {unknown[0]}")
+        raise InputError(f"quantization: expected names of projections, got {printable(unknown[0])}")
     return {name: from_fields(QuantSpec, value, f"quantization.{name}") for name, value in data.items()}
 
 

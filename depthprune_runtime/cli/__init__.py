@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from depthprune_runtime import __version__
-from depthprune_runtime.cli.common import Parser
+from depthprune_runtime.cli.interrupt import Written
+from depthprune_runtime.cli.parser import Parser
 from depthprune_runtime.cli.prune import add_import, add_prune
 from depthprune_runtime.cli.quantize import add_quantize
 from depthprune_runtime.cli.use import add_evaluate, add_generate, add_inspect, add_perplexity
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 
 _INTERRUPTED = 130
+_LONGEST = 2000  # characters of a message
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,32 +40,53 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Printable(logging.Formatter):
+    """Log lines may hold names out of files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"depthprune: {printable(record.getMessage(), _LONGEST)}"
+
+
+def _say(message: object) -> None:
+    """One line on stderr, whatever the message holds."""
+    print(f"depthprune: {printable(' '.join(str(message).split()), _LONGEST)}", file=sys.stderr)
+
+
 def _terminate(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 bad input or a failed read or write, one line on stderr; 2 usage; 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="depthprune: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
-    args = build_parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    written = None
     try:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Printable())
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
+        signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
+        parser = build_parser()
+        if not arguments:
+            parser.print_help()
+            return 0
+        args = parser.parse_args(arguments)
+        written = Written(args)
         args.run(args)
         sys.stdout.flush()
     except InputError as error:
-        print(f"depthprune: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(error)
         return 1
     except BrokenPipeError:  # the reader of stdout has gone, as in `depthprune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         name = f"{Path(str(error.filename))}: " if error.filename else ""
-        print(f"depthprune: {name}{error.strerror or error}", file=sys.stderr)
+        _say(f"{name}{error.strerror or error}")
         return 1
     except MemoryError:
-        print("depthprune: out of memory; use a smaller model, window or dtype", file=sys.stderr)
+        _say("out of memory; use a smaller model, window or dtype")
         return 1
     except KeyboardInterrupt:
-        print("depthprune: interrupted; nothing was written", file=sys.stderr)
+        _say(f"interrupted; {'nothing was written' if written is None else written.report()}")
         return _INTERRUPTED
     return 0

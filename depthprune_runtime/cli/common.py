@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any, NoReturn
+from typing import Any
+
+
+def show(text: str) -> None:
+    """Print a result for people; what a terminal would obey rather than show is escaped."""
+    for line in text.split("\n"):
+        print(line if line.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in line))
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def print_json(data: object) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Print JSON that a terminal shows as it is: JSON itself allows some control characters in a text."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if not text.replace("\n", "").isprintable():
+        text = "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    print(text)
 
 
 def progress(args: argparse.Namespace) -> Any:
@@ -23,19 +37,18 @@ def load(args: argparse.Namespace) -> Any:
     return Runtime.load(args.model, args.device, args.dtype, activations=args.activations)
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for a usage error, as for every other one."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size",
         default="5GB",
         metavar="SIZE",
         help="weights above this go to several files, such as FILE-00001-of-00002-*, that move with FILE (default 5GB)",
+    )
+
+
+def add_force(parser: argparse.ArgumentParser, what: str = "FILE") -> None:
+    parser.add_argument(
+        "--force", action="store_true", help=f"let {what} replace a file that is there (never one of the model's own)"
     )
 
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.cli.common import Parser, add_calibration, add_placement, add_shards, print_json, progress
+from depthprune_runtime.cli.common import (
+    add_calibration,
+    add_force,
+    add_placement,
+    add_shards,
+    print_json,
+    progress,
+    show,
+)
+from depthprune_runtime.cli.parser import Parser
 from depthprune_runtime.errors import InputError
 
 # Options of single methods: command-line name -> field of the method's options.
@@ -27,6 +35,10 @@ _METHOD_OPTIONS = {
     "leverage_lam": "leverage_lam",
 }
 
+_REPAIR_OPTIONS = {
+    f"repair_{field}": field for field in ("lam", "weighting", "answers_for", "scope", "strength", "samples", "seq_len")
+}
+
 
 def _summary(parent: Any, spec: Any) -> dict[str, Any]:
     before, after = parent.num_parameters(), spec.num_parameters()
@@ -42,15 +54,8 @@ def _summary(parent: Any, spec: Any) -> dict[str, Any]:
 def _repair_choice(args: argparse.Namespace) -> Any:
     from depthprune_runtime.pruning.options import RepairOptions
 
-    given = {
-        "lam": args.repair_lam,
-        "weighting": args.repair_weighting,
-        "answers_for": args.repair_answers_for,
-        "scope": args.repair_scope,
-        "strength": args.repair_strength,
-        "samples": args.repair_samples,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    values = {field: getattr(args, name) for name, field in _REPAIR_OPTIONS.items()}
+    given = {field: value for field, value in values.items() if value is not None}
     if args.repair == "none" and given:
         raise InputError(f"repair: none takes no options, got {', '.join(given)}")
     return "none" if args.repair == "none" else RepairOptions(**given)
@@ -68,9 +73,17 @@ def _prune_other(args: argparse.Namespace) -> None:
         raise InputError(
             "sublayers: Mamba and RWKV blocks are not made of attention and FFN; give --blocks or --sparsity"
         )
+    others = [name for name in _METHOD_OPTIONS if name not in ("score", "protect_last")]
+    given = [name for name in [*others, *_REPAIR_OPTIONS] if getattr(args, name) is not None]
+    if given or args.force:
+        raise InputError(
+            f"Mamba and RWKV models take no option {(given or ['force'])[0].replace('_', '-')}: whole blocks go, "
+            "without repair, into a new folder"
+        )
     text = load_text(args.calibration)
     name = args.calibration if "/" not in args.calibration else Path(args.calibration).name
-    samples, seq_len = args.samples or 128, args.seq_len or 256
+    samples = 128 if args.samples is None else args.samples
+    seq_len = 256 if args.seq_len is None else args.seq_len
     result = prune_other(
         args.model,
         args.output,
@@ -94,21 +107,20 @@ def _prune_other(args: argparse.Namespace) -> None:
             }
         )
         return
-    print(
+    show(
         f"{result.path}: {result.model_type}, dropped blocks {list(result.dropped)} of {result.parent_blocks}, without "
         f"repair; sparsity {result.sparsity:.1%}, embeddings included; a Hugging Face folder"
     )
 
 
 def _is_other_decoder(model: str) -> bool:
+    from depthprune_runtime.checkpoint.gate import read_object
     from depthprune_runtime.pruning.other_decoders import is_other_decoder
 
-    path = Path(model) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return is_other_decoder(read_object(Path(model) / "config.json"))
+    except InputError:
         return False  # whatever is wrong with it, opening it as a checkpoint says so
-    return isinstance(config, dict) and is_other_decoder(config)
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -133,6 +145,7 @@ def _prune(args: argparse.Namespace) -> None:
         device=args.device,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
+        overwrite=args.force,
         progress=progress(args),
         **{field: value for field, value in options.items() if value is not None},
     )
@@ -142,7 +155,7 @@ def _prune(args: argparse.Namespace) -> None:
         return
     counts = {kind: sum(e.kind == kind for e in result.plan.edits) for kind in ("drop", "flatten", "narrow")}
     did = ", ".join(f"{kind} {n}" for kind, n in counts.items() if n) or "nothing"
-    print(
+    show(
         f"{result.path}: {args.method} ({did}); {summary['sublayers']} of {summary['parent_sublayers']} sub-layers and "
         f"{summary['parameters']:,} of {summary['parent_parameters']:,} parameters left "
         f"(sparsity {result.sparsity:.1%}, embeddings included)"
@@ -153,12 +166,17 @@ def _import(args: argparse.Namespace) -> None:
     from depthprune_runtime.pruning.prune import import_model
 
     spec = import_model(
-        args.model, args.output, dtype=args.dtype, max_shard_size=args.max_shard_size, progress=progress(args)
+        args.model,
+        args.output,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.force,
+        progress=progress(args),
     )
     if args.json:
         print_json({"output": args.output, "parameters": spec.num_parameters(), "spec": spec.to_json()})
     else:
-        print(f"{args.output}: {len(spec.sublayers)} sub-layers, {spec.num_parameters():,} parameters")
+        show(f"{args.output}: {len(spec.sublayers)} sub-layers, {spec.num_parameters():,} parameters")
 
 
 def add_prune(commands: Any, common: Parser) -> None:
@@ -180,6 +198,7 @@ def add_prune(commands: Any, common: Parser) -> None:
     )
     add_placement(p, "of the output")
     add_shards(p)
+    add_force(p)
     _add_method_options(p)
     p.set_defaults(run=_prune)
 
@@ -229,7 +248,8 @@ def _add_method_options(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--repair-strength", type=float, metavar="S", help="share of the change that is written (finercut 0.6, else 1)"
     )
-    g.add_argument("--repair-samples", type=int, metavar="N", help="windows of the repair's walk")
+    g.add_argument("--repair-samples", type=int, metavar="N", help="windows of the repair's walk (--samples, else 128)")
+    g.add_argument("--repair-seq-len", type=int, metavar="S", help="tokens in each (--seq-len, else 512)")
 
 
 def add_import(commands: Any, common: Parser) -> None:
@@ -238,4 +258,5 @@ def add_import(commands: Any, common: Parser) -> None:
     p.add_argument("-o", "--output", required=True, metavar="FILE")
     p.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: the source's)")
     add_shards(p)
+    add_force(p)
     p.set_defaults(run=_import)

@@ -6,7 +6,16 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from depthprune_runtime.cli.common import Parser, add_calibration, add_placement, add_shards, print_json, progress
+from depthprune_runtime.cli.common import (
+    add_calibration,
+    add_force,
+    add_placement,
+    add_shards,
+    print_json,
+    progress,
+    show,
+)
+from depthprune_runtime.cli.parser import Parser
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -29,6 +38,7 @@ def _quantize(args: argparse.Namespace) -> None:
         device=args.device,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
+        overwrite=args.force,
         progress=progress(args),
     )
     sizes = {
@@ -43,7 +53,7 @@ def _quantize(args: argparse.Namespace) -> None:
         return
     kind = "asymmetric" if args.asymmetric else "symmetric"
     group = args.group or DEFAULT_GROUPS[args.bits]
-    print(
+    show(
         f"{result.path}: {result.method}, {args.bits} bits in {kind} groups of {group}, head {args.lm_head_bits} "
         f"bits; weights {result.weight_bytes / 1e6:,.1f} of {result.parent_weight_bytes / 1e6:,.1f} MB, "
         f"{result.bytes_per_token / 1e6:,.1f} of {result.parent_bytes_per_token / 1e6:,.1f} MB read a token"
@@ -72,4 +82,5 @@ def add_quantize(commands: Any, common: Parser) -> None:
     add_calibration(p, "what suits gptq")
     add_placement(p, "of what stays dense")
     add_shards(p)
+    add_force(p)
     p.set_defaults(run=_quantize)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.cli.common import Parser, add_activations, add_placement, load, print_json, progress
+from depthprune_runtime.cli.common import add_activations, add_force, add_placement, load, print_json, progress, show
+from depthprune_runtime.cli.parser import Parser
 from depthprune_runtime.errors import InputError
 
 
@@ -14,15 +14,16 @@ def _inspect(args: argparse.Namespace) -> None:
     from depthprune_runtime.checkpoint import open_checkpoint
     from depthprune_runtime.inspection import inspect, render
 
-    description = inspect(open_checkpoint(args.model))
+    checkpoint = open_checkpoint(args.model)
+    description = inspect(checkpoint)
     if args.plot is not None:
         from depthprune_runtime.plotting import plot_map
 
-        plot_map(description, Path(args.plot))
+        plot_map(description, args.plot, args.force, checkpoint.source_files)
     if args.json:
         print_json(description)
     else:
-        print(render(description))
+        show(render(description))
 
 
 def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _perplexity(args: argparse.Namespace) -> None:
     if args.json:
         print_json(result.to_json())
     else:
-        print(
+        show(
             f"perplexity {result.perplexity:.4f} over {result.tokens:,} predictions in {result.windows} windows of "
             f"{result.seq_len} tokens"
         )
@@ -90,7 +91,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print_json([result.to_json() for result in results])
     else:
-        print(render(results))
+        show(render(results))
 
 
 def add_generate(commands: Any, common: Parser) -> None:
@@ -148,4 +149,5 @@ def add_inspect(commands: Any, common: Parser) -> None:
     p = commands.add_parser("inspect", parents=[common], help="sub-layers, sizes, plan and provenance of a model")
     p.add_argument("model", metavar="MODEL")
     p.add_argument("--plot", metavar="FILE", help="draw the map of sub-layers, .png or .svg (extra [plot])")
+    add_force(p, "the map")
     p.set_defaults(run=_inspect)

@@ -19,8 +19,11 @@ from depthprune_runtime.engine.runtime import Runtime
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.evaluation.logprobs import token_logprobs
 from depthprune_runtime.model.batch import packed
+from depthprune_runtime.placement import overflow_hint
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.texts import rows_joined
+from depthprune_runtime.texts import known_ids, rows_joined
+
+_MOST_NATS = 700.0  # e to the power of more is no float
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,20 @@ def perplexity(
     if seq_len > limit:
         raise InputError(f"seq_len: expected at most the model's context of {limit}, got {seq_len}")
     tokenizer = runtime.require_tokenizer("text cannot be scored")
-    ids = tokenizer.encode(rows_joined(text) if rows else text)
+    encoded = tokenizer.encode(rows_joined(text) if rows else text)
+    ids = known_ids(encoded, runtime.spec.vocab_size, runtime.name)
     chosen = token_windows(ids, seq_len, windows)
     losses = []
     with (progress or Progress()).stage("perplexity", len(chosen)) as advance:
         for window in chosen:
             losses.append(window_nll(runtime, window))
+            if not math.isfinite(losses[-1]):
+                raise InputError(
+                    f"{runtime.name}: the logits of window {len(losses)} are not finite; "
+                    f"{overflow_hint(runtime.dtype)}, or else its weights are damaged"
+                )
             advance()
     mean = math.fsum(losses) / len(losses)
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, len(chosen) * (seq_len - 1), len(chosen), seq_len)
+    if mean > _MOST_NATS:
+        raise InputError(f"{runtime.name}: a loss of {mean:.0f} nats a token is a perplexity beyond all numbers")
+    return Perplexity(math.exp(mean), len(chosen) * (seq_len - 1), len(chosen), seq_len)

@@ -28,6 +28,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.evaluation.logprobs import token_logprobs
 from depthprune_runtime.model.batch import PagedContext, packed
 from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.placement import overflow_hint
 from depthprune_runtime.progress import Advance
 
 logger = logging.getLogger(__name__)
@@ -243,7 +244,10 @@ def continuation_logprobs(
         indices = [i for group in batch for i in group.indices]
         for index, score in zip(indices, _score_batch(runtime.decoder, batch), strict=True):
             if not math.isfinite(score.logprob):
-                raise InputError(f"{runtime.name}: log-probabilities are not finite; its weights are damaged")
+                raise InputError(
+                    f"{runtime.name}: log-probabilities are not finite; {overflow_hint(runtime.dtype)}, or else its "
+                    "weights are damaged"
+                )
             scores[index] = score
             advance()
     return [scores[i] for i in range(len(requests))]

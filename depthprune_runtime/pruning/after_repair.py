@@ -32,6 +32,7 @@ from depthprune_runtime.progress import Advance
 from depthprune_runtime.pruning import linalg
 from depthprune_runtime.pruning import states as token_states
 from depthprune_runtime.pruning.calibration import CalibrationSet, window_batches
+from depthprune_runtime.pruning.finite import check_finite
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.states import TokenStates
@@ -137,6 +138,7 @@ class _Pass:
     def __init__(
         self, checkpoint: Checkpoint, windows: Tensor, device: torch.device, dtype: torch.dtype, kept: int
     ) -> None:
+        self._name = checkpoint.name
         self._spec = checkpoint.spec
         self._loader = SublayerLoader(self._spec, checkpoint.tensor, device, dtype)
         self._count, self._seq_len = windows.shape
@@ -168,6 +170,7 @@ class _Pass:
                     inner = self._buffer(z.shape[1], z.dtype) if inner is None else inner
                     inner.batch(b).copy_(z)
                 flat += sublayer.project(z).float()
+                check_finite(flat, self._loader, i, self._name)
         self.entering, self.inner = after, inner
 
 
@@ -223,8 +226,6 @@ def plan_after_repair(
     pairs = block_pairs(checkpoint.spec)
     dropped_blocks(equal_errors(len(pairs)), len(pairs), blocks, protect_last)
     errors = span_errors(checkpoint, calibration.windows, device, checkpoint.dtype, advance=advance)
-    if not all(math.isfinite(e) for e in errors.values()):
-        raise InputError("model: its hidden states are not finite; its weights are damaged")
     gone = dropped_blocks(errors, len(pairs), blocks, protect_last)
     settings = {
         "blocks": blocks,

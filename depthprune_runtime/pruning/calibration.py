@@ -20,6 +20,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.pruning import states
+from depthprune_runtime.pruning.finite import check_finite
 
 _BATCH_TOKENS = 4096  # tokens per forward pass, at most
 _RING = 3  # buffers: entering a block, between its sub-layers, leaving it
@@ -115,4 +116,5 @@ def stream_hidden_states(
             batch = packed(window_batches(flat.shape[0], seq_len), device)
             out = leaving.batch(b)
             torch.add(flat, sublayer(ops.rms_norm(flat, sublayer.norm, spec.rms_norm_eps), batch), out=out)
+            check_finite(out, loader, i, checkpoint.name)
             yield i, flat.unflatten(0, (-1, seq_len)), out.unflatten(0, (-1, seq_len))

@@ -8,7 +8,7 @@ from pathlib import Path
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning.calibration import CalibrationSet, calibration_set, check_count
-from depthprune_runtime.texts import load_text
+from depthprune_runtime.texts import known_ids, load_text
 from depthprune_runtime.tokenizer import Tokenizer
 
 
@@ -22,25 +22,48 @@ class Calibrator:
     def __init__(
         self, checkpoint: Checkpoint, text: str, samples: int | None, seq_len: int | None, seed: int | None
     ) -> None:
-        for name, value in (("samples", samples), ("seq_len", seq_len)):
-            if value is not None:
-                check_count(name, value)
+        self._context = checkpoint.spec.max_position_embeddings
+        self._samples = _check_count("samples", samples)
+        self._seq_len = self._check_seq_len(seq_len)
+        self._seed = seed
         contents = load_text(text)
         tokenizer = Tokenizer(checkpoint)
         self._name = text if "/" not in text else Path(text).name
         self._text = contents
         # windows are cut from the middle of the text, so no BOS: only the first would have one
-        self._ids = tokenizer.encode(contents, add_special_tokens=False)
-        self._samples, self._seq_len, self._seed = samples, seq_len, seed
-        self._context = checkpoint.spec.max_position_embeddings
+        ids = tokenizer.encode(contents, add_special_tokens=False)
+        self._ids = known_ids(ids, checkpoint.spec.vocab_size, checkpoint.name)
 
-    def windows(self, samples: int, seq_len: int, at_most: bool = False) -> CalibrationSet:
-        """`samples` windows of `seq_len` tokens unless the caller chose other numbers; at_most: fewer (but at least
-        an eighth) if the text has no more."""
-        if self._seq_len is not None and self._seq_len > self._context:
-            raise InputError(f"seq_len: expected at most the model's context of {self._context}, got {self._seq_len}")
-        samples = samples if self._samples is None else self._samples
-        seq_len = min(seq_len, self._context) if self._seq_len is None else self._seq_len
-        if at_most and self._samples is None:
+    def _check_seq_len(self, seq_len: int | None) -> int | None:
+        if (_check_count("seq_len", seq_len) or 0) > self._context:
+            raise InputError(f"seq_len: expected at most the model's context of {self._context}, got {seq_len}")
+        return seq_len
+
+    def windows(
+        self,
+        samples: int,
+        seq_len: int,
+        at_most: bool = False,
+        own: tuple[int | None, int | None] = (None, None),
+    ) -> CalibrationSet:
+        """`samples` windows of `seq_len` tokens unless the caller chose other numbers.
+
+        Args:
+            samples, seq_len: what suits the purpose.
+            at_most: fewer windows (but at least an eighth) if the text has no more, unless the caller chose a number.
+            own: samples and seq_len that the caller chose for this purpose alone; they go before those for all.
+        """
+        chosen = self._samples if own[0] is None else _check_count("samples", own[0])
+        length = self._seq_len if own[1] is None else self._check_seq_len(own[1])
+        seq_len = min(seq_len, self._context) if length is None else length
+        if chosen is not None:
+            samples = chosen
+        elif at_most:
             samples = max(min(samples, len(self._ids) // seq_len), math.ceil(samples / 8))
         return calibration_set(self._name, self._text, lambda _: self._ids, samples, seq_len, self._seed)
+
+
+def _check_count(name: str, value: int | None) -> int | None:
+    if value is not None:
+        check_count(name, value)
+    return value

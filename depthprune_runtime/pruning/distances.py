@@ -99,7 +99,10 @@ class OutputDistance:
             self._reference = [head(rows) for rows in dense.split(self._rows)]
         finite = probe.isfinite().all() if self._reference is None else all(r.isfinite().all() for r in self._reference)
         if not finite:
-            raise InputError("model: its logits are not finite; its weights are damaged or overflow in this dtype")
+            raise InputError(
+                "model: its logits are not finite; they overflow in this dtype (give bf16 or fp32), or its weights are "
+                "damaged"
+            )
 
     @property
     def reference_bytes(self) -> int:

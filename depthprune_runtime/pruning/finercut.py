@@ -73,8 +73,8 @@ def _best(scores: dict[int, float]) -> int:
     best = min(scores, key=lambda i: (scores[i], i))
     if not math.isfinite(scores[best]):
         raise InputError(
-            "model: without any further sub-layer its logits are not finite; its weights are damaged or overflow "
-            "in this dtype"
+            "model: without any further sub-layer its logits are not finite; they overflow in this dtype (give bf16 or "
+            "fp32), or its weights are damaged"
         )
     return best
 
@@ -142,7 +142,7 @@ def search(
     tokens = hashlib.sha256(f"{list(windows.shape)}{windows.flatten().tolist()}".encode()).hexdigest()
     name = str(dtype).removeprefix("torch.")
     key = SearchKey(parent_digest, tokens, distance, float(front_protection), mode, name, only)
-    state = load_state(state_file, key)
+    state = load_state(state_file, key, len(spec.sublayers))
 
     def taken() -> list[int]:
         return [s.sublayer for s in state.steps]

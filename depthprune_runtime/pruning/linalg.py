@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning import states
 
 _STRIP_BYTES = 32 * 1024 * 1024  # of a temporary strip of rows
@@ -156,10 +157,16 @@ def _require_column_major(name: str, matrix: Tensor) -> None:
 def cholesky_(system: Tensor) -> Tensor:  # [N, N] column-major -> lower factor [N, N], the same memory
     """Overwrite a positive definite `system` with its lower Cholesky factor L, system = L L'.
 
-    Raises torch.linalg.LinAlgError if it is not positive definite; `system` is then lost.
+    Raises InputError if it is not positive definite; `system` is then lost.
     """
     _require_column_major("system", system)
-    factor: Tensor = torch.linalg.cholesky(system, out=system)
+    try:
+        factor: Tensor = torch.linalg.cholesky(system, out=system)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise InputError(
+            "the equations of a sub-layer cannot be solved: too few tokens for its width, or too small a ridge; give "
+            "more calibration tokens, or a larger ridge"
+        ) from error
     return factor
 
 

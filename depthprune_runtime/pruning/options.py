@@ -128,16 +128,16 @@ class RepairOptions:
     """lam: ridge relative to the mean of the Gram diagonal; weighting: of the tokens; answers_for: whether a dropped
     sub-layer is answered for by the kept one before or after it; scope: which sub-layers are solved anew, all from the
     first edit on, or only those that were merged or answer for dropped ones; strength: share of every weight's change
-    that is written, None: what suits the method (`STRENGTHS`); samples, seq_len: windows of the walk, fewer if the text
-    has no more."""
+    that is written, None: what suits the method (`STRENGTHS`); samples, seq_len: windows of the walk, None: as many as
+    the caller chose for scoring, else `REPAIR_WINDOWS`, fewer if the text has no more."""
 
     lam: float = 0.05
     weighting: Weighting = "rms"
     answers_for: Answers = "before"
     scope: Scope = "all"
     strength: float | None = None
-    samples: int = 128
-    seq_len: int = 512
+    samples: int | None = None
+    seq_len: int | None = None
 
     def __post_init__(self) -> None:
         _number("repair lam", self.lam, 0.0)
@@ -153,6 +153,8 @@ class RepairOptions:
         """With every choice that is left to the method decided."""
         return self if self.strength is not None else replace(self, strength=STRENGTHS[method])
 
+
+REPAIR_WINDOWS = (128, 512)  # samples, seq_len
 
 # FinerCut does not know that a repair follows; the whole change costs zero-shot accuracy where it drops much. So the
 # least that keeps the perplexity of WikiText-2 valid at 9 of 30 blocks (SmolLM2-135M-Instruct, WikiText-2 train); see

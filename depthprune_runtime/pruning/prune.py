@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint, write_native
-from depthprune_runtime.checkpoint.container import check_destination
+from depthprune_runtime.checkpoint.outputs import as_path, check_destination, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
@@ -22,6 +22,7 @@ from depthprune_runtime.pruning.finercut import plan_finercut
 from depthprune_runtime.pruning.flattengpt import check_merges, plan_flattengpt
 from depthprune_runtime.pruning.names import REPAIRS, Method, Repair
 from depthprune_runtime.pruning.options import (
+    REPAIR_WINDOWS,
     FinerCutOptions,
     FlattenGPTOptions,
     MethodOptions,
@@ -35,8 +36,9 @@ from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 from depthprune_runtime.pruning.request import Request
 from depthprune_runtime.pruning.shortgpt import block_pairs, plan_shortgpt
 from depthprune_runtime.pruning.sublayer_goal import removable_sublayers
-from depthprune_runtime.pruning.surgery import PrunedCheckpoint
+from depthprune_runtime.pruning.surgery import PrunedCheckpoint, require_dense
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
+from depthprune_runtime.texts import text_file
 
 # Calibration windows that a method decides from: (samples, seq_len), as in the papers' code.
 _SCORING_WINDOWS = {"shortgpt": (128, 256), "finercut": (10, 256), "flattengpt": (64, 512)}
@@ -57,11 +59,13 @@ class PruneResult:
         return 1.0 - self.spec.num_parameters() / self.parent.num_parameters()
 
 
-def write(checkpoint: Checkpoint, output: Path, progress: Progress, max_shard_size: int | str) -> None:
-    """Write `checkpoint` with a bar."""
+def write(
+    checkpoint: Checkpoint, output: Path, progress: Progress, max_shard_size: int | str, overwrite: bool = False
+) -> None:
+    """Write `checkpoint` with a bar; see `write_native`."""
     total = sum(map(len, checkpoint.entries().values())) + len(checkpoint.assets)
     with progress.stage(f"write {output.name}", total) as advance:
-        write_native(output, checkpoint, lambda _: advance(), max_shard_size)
+        write_native(output, checkpoint, lambda _: advance(), max_shard_size, overwrite)
 
 
 def prune(
@@ -80,6 +84,7 @@ def prune(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneResult:
@@ -90,12 +95,12 @@ def prune(
     embeddings included); repair: `ridge` (default), `none`, or RepairOptions; calibration: a named text
     (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn by `seed` (None: the first ones), `samples` of
     `seq_len` tokens (default: what suits the method, and the repair); dtype: of the output, default the source's;
-    max_shard_size: bytes, or text such as `5GB`, above which the weights go to several files beside `output`; options:
-    of the method, see `options`. Raises InputError before any long work where that is possible, and leaves no partial
-    file.
+    max_shard_size: bytes, or text such as `5GB`, above which the weights go to several files beside `output`;
+    overwrite: let `output` replace a file that is there, but never one of the model's own; options: of the method, see
+    `options`. Raises InputError before any long work where that is possible, and leaves no partial file.
     """
     progress = progress or Progress()
-    path = Path(output)
+    path = as_path(output, "output")
     max_shard_size = parse_size(max_shard_size)
     request = Request(blocks, sublayers, sparsity)
     request.check(method)
@@ -104,17 +109,23 @@ def prune(
     chosen = resolved(own, mending is not None)
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
+    require_dense(parent)
     _check_request(request, parent.spec, chosen)
-    check_destination(path)
+    sources = (*parent.source_files, *text_file(calibration))
+    check_output(path, sources, overwrite)
+    state = getattr(chosen, "state_file", None)
+    if state is not None:
+        check_destination(as_path(state, "state_file"), (*sources, path), overwrite=True)
     calibrator = Calibrator(parent, calibration, samples, seq_len, seed)
     after_repair = "after-repair" in (getattr(chosen, "score", None), getattr(chosen, "grouping", None))
     data = calibrator.windows(*(_AFTER_REPAIR_WINDOWS if after_repair else _SCORING_WINDOWS[method]))
+    mending_data = _mending_windows(calibrator, chosen, mending)
     with progress.stage("read weights", len(parent.spec.tensor_shapes())) as advance:
         digest = parent.digest(lambda _: advance())
     with torch.inference_mode():
         plan = _decide(parent, request, chosen, data, target, digest, progress)
-        pruned, plan = _rebuild(parent, plan, chosen, mending, calibrator, target, progress)
-    write(pruned, path, progress, max_shard_size)
+        pruned, plan = _rebuild(parent, plan, chosen, mending, mending_data, target, progress)
+    write(pruned, path, progress, max_shard_size, overwrite)
     return PruneResult(path, parent.spec, pruned.spec, plan)
 
 
@@ -124,6 +135,16 @@ def _repair_options(repair: Repair | RepairOptions, method: Method) -> RepairOpt
     if repair not in REPAIRS:
         raise InputError(f"repair: expected one of {', '.join(REPAIRS)}, got {repair!r}")
     return RepairOptions().suited(method) if repair == "ridge" else None
+
+
+def _mending_windows(
+    calibrator: Calibrator, options: MethodOptions, mending: RepairOptions | None
+) -> CalibrationSet | None:
+    """Windows of the walk that narrows and repairs, drawn before any long work; None where there is no such walk."""
+    if mending is None and not isinstance(options, FlattenGPTOptions):
+        return None
+    own = (None, None) if mending is None else (mending.samples, mending.seq_len)
+    return calibrator.windows(*REPAIR_WINDOWS, at_most=True, own=own)
 
 
 def _check_request(request: Request, spec: DecoderSpec, options: MethodOptions) -> None:
@@ -199,7 +220,7 @@ def _rebuild(
     plan: PrunePlan,
     options: MethodOptions,
     mending: RepairOptions | None,
-    calibrator: Calibrator,
+    data: CalibrationSet | None,
     device: torch.device,
     progress: Progress,
 ) -> tuple[PrunedCheckpoint, PrunePlan]:
@@ -209,10 +230,10 @@ def _rebuild(
         narrowing = Narrowing(kept_units(parent.spec, plan, options.keep_width), options)
     if not plan.edits or (mending is None and (narrowing is None or not narrowing.units)):
         return PrunedCheckpoint(parent, plan), plan
-    size = mending or RepairOptions()
-    data = calibrator.windows(size.samples, size.seq_len, at_most=True)
+    assert data is not None
     calibration = {"calibration": data.description}
-    walked: dict[str, Any] = {"repair": None if mending is None else {**asdict(mending), **calibration}}
+    size = {name: data.description[name] for name in ("samples", "seq_len")}
+    walked: dict[str, Any] = {"repair": None if mending is None else {**asdict(mending), **size, **calibration}}
     if narrowing is not None and narrowing.units:
         walked["narrowing"] = calibration
     plan = replace(plan, settings={**plan.settings, **walked})
@@ -228,12 +249,13 @@ def import_model(
     *,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DecoderSpec:
-    """Write dense `model` unchanged as one self-contained file of our own."""
-    path = Path(output)
+    """Write dense `model` unchanged as one self-contained file of our own; overwrite: as in `prune`."""
+    path = as_path(output, "output")
     max_shard_size = parse_size(max_shard_size)
-    check_destination(path)
     checkpoint = open_checkpoint(model, resolve_dtype(dtype))
-    write(checkpoint, path, progress or Progress(), max_shard_size)
+    check_output(path, checkpoint.source_files, overwrite)
+    write(checkpoint, path, progress or Progress(), max_shard_size, overwrite)
     return checkpoint.spec

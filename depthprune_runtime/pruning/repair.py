@@ -21,7 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from depthprune_runtime.errors import InputError
+from depthprune_runtime.placement import overflow_hint
 from depthprune_runtime.pruning import linalg
+from depthprune_runtime.pruning.finite import is_finite
 from depthprune_runtime.pruning.names import Weighting
 from depthprune_runtime.pruning.walk import Visit
 
@@ -58,6 +61,12 @@ def accumulate(visit: Visit, weighting: Weighting) -> Moments:
         linalg.accumulate_(moments.cross, inner, residual, weights)
         tokens += inner.shape[0]
     assert moments is not None
+    if not is_finite(moments.gram.diagonal()):
+        spec, dtype = visit.sublayer.spec, visit.sublayer.norm.dtype
+        raise InputError(
+            f"model: the inner activations of the {spec.kind} of block {spec.origin[0]} are not finite on the "
+            f"calibration text; {overflow_hint(dtype)}"
+        )
     linalg.mirror_(moments.gram)
     moments.gram /= tokens
     moments.cross /= tokens

@@ -1,7 +1,7 @@
 """The state of a greedy search on disk, so that a killed search goes on where it was.
 
-One JSON file, replaced as a whole after every step. Its key names everything that decides the search; how
-many sub-layers are to go is not part of it, because a greedy ranking only grows.
+One JSON file, replaced as a whole after every step, with a checksum of what it says. Its key names everything that
+decides the search; how many sub-layers are to go is not part of it, because a greedy ranking only grows.
 """
 
 from __future__ import annotations
@@ -11,10 +11,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from depthprune_runtime.checkpoint.container import atomic_file, check_destination
-from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.names import Kind
-from depthprune_runtime.spec import from_fields
+import xxhash
+
+from depthprune_runtime.checkpoint.container import atomic_file
+from depthprune_runtime.checkpoint.gate import read_object
+from depthprune_runtime.checkpoint.outputs import check_destination
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.fields import checked, from_fields
+from depthprune_runtime.plan import Step
+from depthprune_runtime.pruning.names import KINDS, Kind
+
+__all__ = ["SearchKey", "SearchState", "Step", "load_state"]
+
+_HINT = "delete it or choose another file"
+_MAX_BYTES = 1 << 24  # of a state; one of 1,000 steps takes a quarter of a megabyte
 
 
 @dataclass(frozen=True)
@@ -36,20 +46,13 @@ class SearchKey:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One removal: the how-manieth, what (parent's numbering), and the distance of the model without it.
+class _Stored:
+    """The file. checksum: of the rest; files of the first version have none."""
 
-    kind: attention or ffn; block: of the dense parent; evaluations: sub-layers run over the whole
-    calibration set to decide it; plain_evaluations: what re-running the model for every candidate takes.
-    """
-
-    step: int
-    sublayer: int
-    kind: str
-    block: int
-    distance: float
-    evaluations: float
-    plain_evaluations: int
+    key: SearchKey
+    steps: tuple[Step, ...]
+    increments: dict[str, float]
+    checksum: str = ""
 
 
 @dataclass
@@ -68,27 +71,60 @@ class SearchState:
             "increments": {str(i): v for i, v in self.increments.items()},
         }
         with atomic_file(path) as file:
-            file.write(json.dumps(data, indent=1).encode())
+            file.write(json.dumps({**data, "checksum": _checksum(data)}, indent=1).encode())
 
 
-def load_state(path: Path | None, key: SearchKey) -> SearchState:
-    """The state at `path`, or a new one where there is none; a damaged file or another search's is refused."""
+def _checksum(data: dict[str, Any]) -> str:
+    """32 hex digits over a state as JSON, whatever its spaces."""
+    return xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _check_steps(steps: tuple[Step, ...], sublayers: int) -> None:
+    """Refuse a ranking that no search over `sublayers` sub-layers (attention, FFN, ...) writes."""
+    for place, step in enumerate(steps, 1):
+        if step.step != place or not step.sublayer < sublayers:
+            raise InputError(f"step {place}: expected one of {sublayers} sub-layers in order, got {asdict(step)}")
+        if (KINDS.index(step.kind), step.block) != (step.sublayer % 2, step.sublayer // 2):
+            raise InputError(f"step {place}: sub-layer {step.sublayer} is not the {step.kind} of block {step.block}")
+    if len({step.sublayer for step in steps}) != len(steps):
+        raise InputError("steps: a sub-layer is removed twice")
+
+
+def _increments(stored: dict[str, float], sublayers: int) -> dict[int, float]:
+    known = {str(i): i for i in range(sublayers)}
+    if unknown := sorted(set(stored) - set(known)):
+        raise InputError(f"increments: expected sub-layers below {sublayers}, got {printable(unknown[0])}")
+    return {known[i]: value for i, value in stored.items()}
+
+
+def load_state(path: Path | None, key: SearchKey, sublayers: int) -> SearchState:
+    """The state at `path`, or a new one where there is none.
+
+    sublayers: of the dense model. Raises InputError for a damaged file, and for the state of another search.
+    """
     if path is None:
         return SearchState(key)
-    check_destination(path)
+    check_destination(path, overwrite=True)
     if not path.exists():
         return SearchState(key)
-    hint = "delete it or choose another file"
+    name = f"search state {printable(path, 1000)}"
     try:
-        data: Any = json.loads(path.read_text())
-        found = from_fields(SearchKey, data["key"], "key")
-        steps = [from_fields(Step, s, "steps") for s in data["steps"]]
-        increments = {int(i): float(v) for i, v in data["increments"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"search state {path}: damaged or of another kind ({error}); {hint}") from error
+        data = read_object(path, _MAX_BYTES)
+        found = checked(SearchKey, data.get("key"), "key")
+    except InputError as error:
+        raise InputError(f"{name}: damaged or of another kind ({error}); {_HINT}") from error
     differing = [n for n, value in asdict(key).items() if getattr(found, n) != value]
     if differing:
         expected = ", ".join(f"{n} {getattr(key, n)}" for n in differing)
-        got = ", ".join(f"{n} {getattr(found, n)}" for n in differing)
-        raise InputError(f"search state {path}: of another search: expected {expected}; got {got}; {hint}")
-    return SearchState(found, steps, increments)
+        got = ", ".join(f"{n} {printable(getattr(found, n))}" for n in differing)
+        raise InputError(f"{name}: of another search: expected {expected}; got {got}; {_HINT}")
+    try:
+        stored = from_fields(_Stored, data, "state")
+        content = {name: value for name, value in data.items() if name != "checksum"}
+        if stored.checksum != _checksum(content):
+            raise InputError("its checksum is not that of its content")
+        _check_steps(stored.steps, sublayers)
+        increments = _increments(stored.increments, sublayers)
+    except InputError as error:
+        raise InputError(f"{name}: damaged or of another kind ({error}); {_HINT}") from error
+    return SearchState(found, list(stored.steps), increments)

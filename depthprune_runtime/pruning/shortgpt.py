@@ -84,7 +84,9 @@ def removal_order(score: Score, scores: BlockScores | None, count: int, protect_
         values = scores.block_influence if score == "block-influence" else scores.relative_magnitude
         if not all(math.isfinite(v) for v in values):
             bad = [i for i, v in enumerate(values) if not math.isfinite(v)]
-            raise InputError(f"model: hidden states of blocks {bad} are not finite; its weights are damaged")
+            raise InputError(
+                f"model: hidden states of blocks {bad} are not finite; they overflow, or its weights are damaged"
+            )
         order = sorted(range(count), key=lambda b: values[b])
     return [b for b in order if not (protect_last and b == count - 1)]
 

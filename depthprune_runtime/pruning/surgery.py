@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.pruning import merging
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.quantized import QuantizedWeight
@@ -72,12 +72,22 @@ def pruned_spec(parent: DecoderSpec, plan: PrunePlan) -> DecoderSpec:
     return dataclasses.replace(parent, sublayers=tuple(piece_spec(parent, p) for p in layout(parent, plan)))
 
 
+def require_dense(parent: Checkpoint) -> None:
+    """Refuse a model that is pruned already: its sub-layers have other numbers than its parent's."""
+    if parent.plan is not None:
+        raise InputError(
+            f"{parent.name}: expected a dense model, got one already pruned by {printable(parent.plan.get('method'))}; "
+            "prune its dense parent"
+        )
+
+
 class _InputColumns(Checkpoint):
     """`parent` with every tensor cut to `columns` of its last axis, the hidden one."""
 
     def __init__(self, parent: Checkpoint, columns: slice) -> None:
         self.name, self.spec, self.dtype = parent.name, parent.spec, parent.dtype
         self.provenance, self.plan = parent.provenance, parent.plan
+        self.source_files = parent.source_files
         self._parent = parent
         self._columns = columns
 
@@ -97,17 +107,14 @@ class PrunedCheckpoint(Checkpoint):
     """
 
     def __init__(self, parent: Checkpoint, plan: PrunePlan, replaced: Mapping[str, Tensor] | None = None) -> None:
-        if parent.plan is not None:
-            raise InputError(
-                f"{parent.name}: expected a dense model, got one already pruned by {parent.plan.get('method')}; "
-                "prune its dense parent"
-            )
+        require_dense(parent)
         self.name = f"{parent.name} pruned by {plan.method}"
         self.pieces = layout(parent.spec, plan)
         self.spec = pruned_spec(parent.spec, plan)
         self.dtype = parent.dtype
         self.plan = plan.to_json()
         self.provenance = parent.provenance
+        self.source_files = parent.source_files
         self._parent = parent
         self._replaced = dict(replaced or {})
         sources = ((name, self._source(name)) for name in self.spec.projections())
@@ -117,6 +124,14 @@ class PrunedCheckpoint(Checkpoint):
     @property
     def assets(self) -> Mapping[str, bytes]:
         return self._parent.assets
+
+    def stored_checksum(self, entry: str) -> str | None:
+        weight, _, part = entry.partition(".weight.")  # a part of a quantised one
+        source = self._source(f"{weight}.weight" if part else entry)
+        return None if source is None else self._parent.stored_checksum(f"{source}.{part}" if part else source)
+
+    def check_unchanged(self) -> None:
+        self._parent.check_unchanged()
 
     def _source(self, name: str) -> str | None:
         """The parent's tensor that `name` is, unchanged."""

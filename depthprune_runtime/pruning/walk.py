@@ -27,6 +27,7 @@ from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.model.sublayers import Sublayer
 from depthprune_runtime.pruning import states as token_states
+from depthprune_runtime.pruning.finite import check_finite
 from depthprune_runtime.pruning.names import Answers
 from depthprune_runtime.pruning.states import TokenStates
 from depthprune_runtime.pruning.surgery import Piece
@@ -143,6 +144,7 @@ class Walk:
         if seq_len > context:
             raise InputError(f"seq_len: expected at most the model's context of {context}, got {seq_len}")
         self._windows = windows
+        self._name = teacher.name
         self._teacher = SublayerLoader(teacher.spec, teacher.tensor, device, dtype)
         self._student = SublayerLoader(student.spec, student.tensor, device, dtype)
         self._pieces = student.pieces
@@ -191,6 +193,7 @@ class Walk:
                 states = teacher.batch(b)
                 out = self._run(sublayer, states)
                 states += out
+                check_finite(states, self._teacher, i, self._name)
                 for target, answered in zip(targets, segment.answered, strict=False):
                     if i in answered:
                         target.batch(b).add_(out)
@@ -222,4 +225,5 @@ class Walk:
                 for b in range(len(student)):
                     states = student.batch(b)
                     states += self._run(sublayer, states)
+                    check_finite(states, self._student, index, self._name)
             advance()

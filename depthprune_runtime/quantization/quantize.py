@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
-from depthprune_runtime.checkpoint.container import check_destination
+from depthprune_runtime.checkpoint.outputs import as_path, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.placement import resolve_device, resolve_dtype
@@ -26,6 +26,7 @@ from depthprune_runtime.quantization.rtn import rtn
 from depthprune_runtime.quantization.view import QuantizedCheckpoint
 from depthprune_runtime.quantized import QuantSpec
 from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.texts import text_file
 
 _WINDOWS = (128, 512)  # of the calibration: (samples, seq_len)
 _MEND = RepairOptions()
@@ -91,6 +92,7 @@ def quantize(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Quantise every projection of `model`, dense or pruned, and write one self-contained file to `output`.
@@ -100,11 +102,11 @@ def quantize(
     `gptq`, or `auto` (gptq at 4 bits); mend: with gptq, solve output projections anew before they are rounded, against
     the errors before them; lm_head_bits: of the head, which is the embedding where that is tied, always by rtn; 16
     leaves it as it is; calibration, samples, seq_len, seed: what gptq sees, as in `prune`; dtype: of what stays dense,
-    default the source's; max_shard_size: as in `prune`. Raises InputError before any long work where that is possible,
-    and leaves no partial file.
+    default the source's; max_shard_size, overwrite: as in `prune`. Raises InputError before any long work where that is
+    possible, and leaves no partial file.
     """
     progress = progress or Progress()
-    path = Path(output)
+    path = as_path(output, "output")
     max_shard_size = parse_size(max_shard_size)
     quant = QuantSpec(bits, DEFAULT_GROUPS.get(bits, 32) if group_size is None else group_size, symmetric)
     if lm_head_bits not in HEAD_BITS:
@@ -113,13 +115,14 @@ def quantize(
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
     wanted = requested(parent, quant, lm_head_bits)
-    check_destination(path)
+    sources = (*parent.source_files, *(text_file(calibration) if chosen == "gptq" else ()))
+    check_output(path, sources, overwrite)
     data = None
     if chosen == "gptq":
         data = Calibrator(parent, calibration, samples, seq_len, seed).windows(*_WINDOWS, at_most=True)
     with torch.inference_mode():
         view = quantized_view(parent, wanted, data, _MEND if mend else None, target, progress)
-    write(view, path, progress, max_shard_size)
+    write(view, path, progress, max_shard_size, overwrite)
     return QuantizeResult(
         path,
         view.spec,

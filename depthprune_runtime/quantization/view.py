@@ -28,6 +28,7 @@ class QuantizedCheckpoint(Checkpoint):
         self.spec = parent.spec
         self.dtype = parent.dtype
         self.plan = parent.plan
+        self.source_files = parent.source_files
         self.provenance = {**parent.provenance, "quantization": dict(settings)}
         self.pieces = tuple(Piece((i,)) for i in range(len(parent.spec.sublayers)))  # what the walk asks of a student
         self._parent = parent
@@ -38,6 +39,12 @@ class QuantizedCheckpoint(Checkpoint):
     @property
     def assets(self) -> Mapping[str, bytes]:
         return self._parent.assets
+
+    def stored_checksum(self, entry: str) -> str | None:
+        return None if entry in self._store.tensors else self._parent.stored_checksum(entry)
+
+    def check_unchanged(self) -> None:
+        self._parent.check_unchanged()
 
     def put(self, name: str, weight: QuantizedWeight) -> None:
         """Let weight `name` be `weight` from now on. Raises InputError if it came from weights that are not finite."""

@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.checkpoint import NativeCheckpoint, open_checkpoint, write_native
-from depthprune_runtime.checkpoint.container import atomic_file, check_destination
+from depthprune_runtime.checkpoint.container import atomic_file
+from depthprune_runtime.checkpoint.outputs import check_destination
 
 
 def copy_with(source: Path, target: Path, change) -> Path:
@@ -232,7 +233,7 @@ def test_a_full_disk_is_refused_before_the_work(pico_llama, tmp_path, monkeypatc
 )
 def test_impossible_outputs_are_refused(path, message):
     with pytest.raises(InputError, match=message):
-        check_destination(Path(path))
+        check_destination(Path(path), overwrite=True)
         with atomic_file(Path(path)):
             pass
 

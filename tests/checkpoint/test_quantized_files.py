@@ -78,8 +78,8 @@ def test_shards_hold_the_same_model(quantized_file, tmp_path):
     assert many.digest() == one.digest()
     for name in one.quantization:
         assert_same_codes(many.weight(name), one.weight(name))
-    write_native(tmp_path / "m.safetensors", many)
-    assert (tmp_path / "m.safetensors").read_bytes() == quantized_file.read_bytes()
+    write_native(tmp_path / "one.safetensors", many)
+    assert (tmp_path / "one.safetensors").read_bytes() == quantized_file.read_bytes()
 
 
 def test_bytes_count_what_is_stored(quantized_file, pico_file):

@@ -44,7 +44,11 @@ def test_the_same_model_comes_back(pico_file, pico_runtime, sharded):
 
 
 def test_written_as_one_file_again_it_is_the_old_file(pico_file, sharded):
-    write_native(sharded, open_checkpoint(sharded))
+    again = sharded.with_name("again.safetensors")
+    write_native(again, open_checkpoint(sharded))
+    assert again.read_bytes() == pico_file.read_bytes()
+    again.unlink()
+    write_native(sharded, open_checkpoint(pico_file), overwrite=True)
     assert sharded.read_bytes() == pico_file.read_bytes()
     assert shards(sharded) == []  # those of the checkpoint that it replaced
 
@@ -105,6 +109,9 @@ def test_a_shard_of_another_model_of_the_same_shapes_is_refused_without_reading_
         def tensor(self, name):
             return super().tensor(name) + 1 if name.startswith("sublayers") else super().tensor(name)
 
+        def stored_checksum(self, entry):
+            return None
+
     other = tmp_path / "other.safetensors"
     mine = shards(sharded)
     write_native(other, Other(sharded), max_shard_size=LIMIT)
@@ -137,12 +144,12 @@ from pathlib import Path
 from depthprune_runtime.checkpoint import container, open_checkpoint, write_native
 source, path, moment = sys.argv[1:]
 left = int(moment)
-def publish(self, target, plain=container.PendingFile.publish):
+def publish(self, target, overwrite=True, plain=container.PendingFile.publish):
     global left
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     left -= 1
-    plain(self, target)
+    plain(self, target, overwrite)
 def written(name):
     if moment == "-1" and name == "sublayers.3.norm.weight":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -151,7 +158,8 @@ class Scaled:
     def __init__(self, plain): self.plain = plain
     def __getattr__(self, name): return getattr(self.plain, name)
     def tensor(self, name): return self.plain.tensor(name) * 2
-write_native(Path(path), Scaled(open_checkpoint(source)), written, max_shard_size=200_000)
+    def stored_checksum(self, entry): return None
+write_native(Path(path), Scaled(open_checkpoint(source)), written, 200_000, overwrite=True)
 """
 
 
@@ -172,7 +180,8 @@ def test_killed_at_any_moment_it_leaves_the_old_checkpoint_or_nothing(pico_file,
             assert not path.exists()
         if moment < 1:
             assert {p for p in tmp_path.iterdir() if not p.name.startswith(".")} == files
-    write_native(path, open_checkpoint(pico_file), max_shard_size=LIMIT)  # clears the shards that were left
+    # clears the shards that were left
+    write_native(path, open_checkpoint(pico_file), max_shard_size=LIMIT, overwrite=True)
     assert len(list(tmp_path.iterdir())) == count + 1
     assert open_checkpoint(path).digest() == open_checkpoint(pico_file).digest()
 

@@ -247,10 +247,14 @@ def test_a_tokenizer_can_be_left_out(pico_runtime, pico_llama, tmp_path, caplog)
 def test_damaged_weights_are_named(pico_llama, tmp_path):
     model = pico.build_model("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3] = float("nan")
+        model.model.layers[1].mlp.up_proj.weight[3] = 3e38
     runtime = Runtime.load(pico.save(model, tmp_path), device="cpu")
     with pytest.raises(InputError, match="not finite"):
         runtime.generate("the")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = float("nan")
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight: expected finite weights"):
+        Runtime.load(pico.save(model, tmp_path), device="cpu")
 
 
 def test_default_sampling_follows_the_models_generation_config(pico_llama, tmp_path):

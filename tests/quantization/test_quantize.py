@@ -194,7 +194,7 @@ def test_the_command(pico_file, tmp_path, capsys):
     assert "gptq, 4 bits in symmetric groups of 32, head 8 bits" in out
     assert "MB read a token" in out
     assert "gptq" in err  # the bar
-    status, out, err = run(capsys, *command, "--asymmetric", "--method", "rtn", "--json", "-q")
+    status, out, err = run(capsys, *command, "--asymmetric", "--method", "rtn", "--json", "-q", "--force")
     report = json.loads(out)
     assert (status, err, report["method"]) == (0, "", "rtn")
     assert report["quantization"]["sublayers.0.qkv_proj.weight"] == {"bits": 4, "group_size": 32, "symmetric": False}
