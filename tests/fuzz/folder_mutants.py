@@ -166,7 +166,7 @@ def folder_mutant(format: str, seed: int, original: str, files: Mapping[str, byt
                 name = rng.choice(list(made))
                 del made[name]
                 mutation = Mutation("missing file", name, meant=not name.endswith(".safetensors") and name != INDEX)
-        except (ValueError, KeyError, IndexError, AttributeError, TypeError):
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError):
             if not mutations:
                 raise
             break  # the first change left nothing that the second could read
