@@ -106,7 +106,7 @@ class Bench:
             return report
         report.value, modules = report.value
         for name in modules:
-            if name not in sys.modules and name.split(".")[0] not in ("__main__", "__mp_main__"):
+            if name not in sys.modules and name.split(".")[0] not in ("__main__", "__mp_main__", "triton"):
                 try:
                     importlib.import_module(name)
                 except Exception:  # made by their packages on the way, not by import
