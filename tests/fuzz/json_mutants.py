@@ -86,6 +86,22 @@ def _number(value: Any) -> bool:
     return json_type(value) == "number"
 
 
+# 0 is a value of these like any other
+_MAY_BE_ZERO = ("temperature", "top_k", "min_p", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _documented(path: Path, new: Any, rules: Rules) -> bool:
+    """Whether the owner of a key gives `new` a meaning although it differs from the old value in kind."""
+    key = next((k for k in reversed(path) if isinstance(k, str)), "")
+    if not rules.last_wins:  # a document of our own
+        return False
+    ids = new if isinstance(new, list) else [new]
+    whole = bool(ids) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+    if key == "eos_token_id":  # one id or several
+        return new is None or whole
+    return new is None or (key in _MAY_BE_ZERO and _number(new) and new == 0)
+
+
 def _legal(old: Any, new: Any) -> bool:
     """Whether `new` may stand where `old` stood, as far as JSON types and signs tell."""
     if json_type(old) != json_type(new):
@@ -184,7 +200,7 @@ def mutate_json(rng: random.Random, document: Any, name: str, rules: Rules) -> t
         new = _replacement(rng, kind, old)
         document = _put(document, path, new)
         meant = not isinstance(new, Raw) and rules.values and _legal(old, new)
-        if kind == "empty" and rules.defaults:
+        if (kind == "empty" and rules.defaults) or (not isinstance(new, Raw) and _documented(path, new, rules)):
             meant = True
     return dumps(document).encode(), Mutation(kind, name, path, meant or rules.opaque)
 
