@@ -19,12 +19,12 @@ class Pairs(list[tuple[str, Any]]):
 
 
 def dumps(value: Any) -> str:
-    """Like `json.dumps`, with `Raw` and `Pairs`."""
+    """Like `json.dumps` without spaces, with `Raw` and `Pairs`."""
     if isinstance(value, Raw):
         return value.text
     if isinstance(value, Pairs | dict):
         pairs = value.items() if isinstance(value, dict) else value
-        return "{" + ", ".join(f"{json.dumps(str(k))}: {dumps(v)}" for k, v in pairs) + "}"
+        return "{" + ",".join(f"{json.dumps(str(k))}:{dumps(v)}" for k, v in pairs) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(dumps, value)) + "]"
+        return "[" + ",".join(map(dumps, value)) + "]"
     return json.dumps(value)
