@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint sanitize weights bench peers bench-cpu report gpu gpu-with clean
+.PHONY: demo test lint sanitize fuzz weights bench peers bench-cpu report gpu gpu-with clean
 demo: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
@@ -20,6 +20,12 @@ lint: $(VENV)/installed
 # AddressSanitizer and UndefinedBehaviorSanitizer over the extension's tests, ThreadSanitizer over the decode step.
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/native/build.py
+
+# Damaged and hostile files and requests, each in a child of its own; FUZZ adds options of tests/fuzz/run.py.
+MUTANTS ?= 20000
+FUZZ ?=
+fuzz: $(VENV)/installed
+	$(BIN)/python tests/fuzz/run.py --mutants $(MUTANTS) $(FUZZ)
 
 bench: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_decode.py $(WEIGHTS)
