@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint sanitize docs weights bench peers bench-cpu report gpu gpu-with clean
+.PHONY: demo test lint sanitize fuzz docs weights bench peers bench-cpu report gpu gpu-with clean
 demo: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
@@ -21,11 +21,17 @@ lint: $(VENV)/installed
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/native/build.py
 
+# Damaged and hostile files and requests, each in a child of its own; FUZZ adds options of tests/fuzz/run.py.
+MUTANTS ?= 20000
+FUZZ ?=
+fuzz: $(VENV)/installed
+	$(BIN)/python tests/fuzz/run.py --mutants $(MUTANTS) $(FUZZ)
+
 # The documentation as a site, site/index.html; a warning is an error.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-$(VENV)/docs: $(VENV)/installed
+$(VENV)/docs: | $(VENV)/torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
 	touch $@
 
@@ -39,10 +45,10 @@ peers:
 bench-cpu: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_cpu.py $(WEIGHTS)
 
-# Tables of README.md and docs/, benchmarks/results/report.md and build/report.html from the recorded rows; measures nothing.
+# Tables of README.md and docs/, benchmarks/results/report.md and build/report.html, from the rows; measures nothing.
 report: $(VENV)/installed
 	$(BIN)/python benchmarks/tables.py
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/make_report.py
 
 # On a machine with an NVIDIA GPU: builds, tests/gpu, compute-sanitizer over its small shapes where it is installed, then
 # the benchmark, whose rows go to benchmarks/results/gpu.csv. Nothing here makes an environment: torch with CUDA must be

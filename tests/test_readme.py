@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 
+import bench_quality
 import pytest
+import zero_shot
+from report import quality_tables, tables
+from report.rows import last, newest, read
 from specs import plain_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_quality  # noqa: E402
-import quality_tables  # noqa: E402
-import tables  # noqa: E402
-import zero_shot  # noqa: E402
 
 documents = pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 README = ROOT / "README.md"
@@ -74,7 +71,7 @@ def test_repair_gains_less_on_other_texts():
 def test_quantising_beats_pruning_here():
     """The words: dense int4 is smaller and better than any pruned model in bf16."""
     assert "A dense model of 4 bits is smaller and better here than any pruned model in bf16" in words_of(README)
-    rows = {variant: row for (variant,), row in tables.newest("quantization", "variant").items()}
+    rows = {variant: row for (variant,), row in newest("quantization", "variant").items()}
     size, perplexity = float(rows["int4"]["weight_mb"]), float(rows["int4"]["perplexity"])
     pruned = [r for r in quality_tables.quality_rows() if r["blocks_fewer"]]
     assert pruned
@@ -98,8 +95,8 @@ def test_what_three_blocks_cost():
 def test_pruning_adds_to_four_bits():
     """The words: both add up. A pruned model of 4 bits decodes faster than the dense one of 4 bits, in the same run."""
     assert "and both add up" in words_of(README)
-    rows = [r for r in tables.read("cpu") if r["model"] == "smollm2-135m" and r["runtime"] == "ours"]
-    speed = tables.last(rows, "precision", "variant", "what")
+    rows = [r for r in read("cpu") if r["model"] == "smollm2-135m" and r["runtime"] == "ours"]
+    speed = last(rows, "precision", "variant", "what")
     dense = float(speed["int4", "dense", "decode1@32"]["median"])
     assert float(speed["int4", "shortgpt 25%", "decode1@32"]["median"]) > 1.2 * dense
 
