@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import depthprune_runtime
 from depthprune_runtime.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *PAGES]
+NOT_THERE = ("gpu.csv", "quality_rows.csv")  # rows that benchmarks will write
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 
 
@@ -121,3 +124,36 @@ def test_python_blocks_import_what_there_is(block: str) -> None:
     imports = "\n".join(line for line in block.splitlines() if line.startswith(("from ", "import ")))
     done = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+NAMED = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_reference_names_what_there_is(name: str) -> None:
+    home, _, last = name.rpartition(".")
+    assert importlib.util.find_spec(home) is not None
+    assert hasattr(importlib.import_module(home), last) or importlib.util.find_spec(name) is not None
+
+
+def test_public_names_are_in_the_reference() -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    for name in depthprune_runtime.__all__:
+        assert name.startswith("__") or f"`{name}`" in text, name
+
+
+@documents
+def test_files_that_are_named_exist(document: Path) -> None:
+    """`a/b.py` in the text is a path from the root, the package, the tests or the recorded rows."""
+    for path in re.findall(r"`([\w./-]+\.(?:py|cpp|csv|md|toml))`", document.read_text(encoding="utf-8")):
+        if "NAME" in path or path in NOT_THERE:
+            continue
+        places = (
+            "",
+            "depthprune_runtime",
+            "depthprune_runtime/pruning",
+            "benchmarks",
+            "benchmarks/results",
+            "tests/helpers",
+        )
+        assert any((ROOT / place / path).exists() for place in places), path
