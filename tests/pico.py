@@ -90,7 +90,7 @@ def save(model: Any, folder: Path, tokenizer: bool = True, **options: Any) -> Pa
 
 
 def save_damaged(folder: Path, path: Path, name: str, value: float) -> Path:
-    """Our own file of the model in `folder`, whose packed tensor `name` begins with `value`; no import lets it through."""
+    """Our own file of the model in `folder`, with `value` first in packed tensor `name`; no import lets it through."""
     checkpoint = open_checkpoint(folder)
     healthy = checkpoint.tensor
 
