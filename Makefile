@@ -40,7 +40,7 @@ bench-cpu: $(VENV)/installed $(WEIGHTS)
 # Tables of the README, benchmarks/results/report.md and build/report.html from the recorded rows; measures nothing.
 report: $(VENV)/installed
 	$(BIN)/python benchmarks/tables.py
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/make_report.py
 
 # On a machine with an NVIDIA GPU: builds, tests/gpu, compute-sanitizer over its small shapes where it is installed, then
 # the benchmark, whose rows go to benchmarks/results/gpu.csv. Nothing here makes an environment: torch with CUDA must be

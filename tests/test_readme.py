@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import bench_quality
 import pytest
+import zero_shot
+from report import quality_tables, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_quality  # noqa: E402
-import quality_tables  # noqa: E402
-import tables  # noqa: E402
-import zero_shot  # noqa: E402
 
 documents = pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 

@@ -6,18 +6,13 @@ import argparse
 import csv
 import json
 import random
-import sys
 from pathlib import Path
 
+import common
 import pytest
+import zero_shot
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import common  # noqa: E402
-import zero_shot  # noqa: E402
-
-from depthprune_runtime.evaluation.results import Metric, TaskResult  # noqa: E402
+from depthprune_runtime.evaluation.results import Metric, TaskResult
 
 LABELS = {"variant": "shortgpt", "blocks_fewer": 3, "repair": "ridge", "calibration": "books", "seed": 0, "tasks": "t"}
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 import csv
 import html
 import re
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import claims  # noqa: E402
-import quality_tables  # noqa: E402
-import report  # noqa: E402
-import tables  # noqa: E402
-from reporting.page import inline, page  # noqa: E402
-from reporting.plots import Point, front  # noqa: E402
+from report import quality_tables
+from report import rows as recorded
+from report.claims import results
+from report.page import inline, page
+from report.plots import PLOTS, Point, front
+from report.report import joined_table, report_markdown
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -67,8 +61,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def text() -> str:
     pytest.importorskip("matplotlib")
-    plots = [plot for make in report.PLOTS if (plot := make()) is not None]
-    return page(claims.results(), plots, report.joined_table())
+    plots = [plot for make in PLOTS if (plot := make()) is not None]
+    return page(results(), plots, joined_table())
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +86,7 @@ def test_it_needs_nothing_else(text: str, parsed: Page) -> None:
 
 def test_plots_have_content_and_say_what_they_show(text: str, parsed: Page) -> None:
     drawn = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawn) == len(report.PLOTS)
+    assert len(drawn) == len(PLOTS)
     for svg in drawn:
         assert len(re.findall(r"<(path|use)\b", svg)) > 20
         assert svg.count("<text") > 5
@@ -104,7 +98,7 @@ def test_plots_have_content_and_say_what_they_show(text: str, parsed: Page) -> N
 
 def test_every_recorded_row_is_there(parsed: Page) -> None:
     shown = {tuple(row) for row in parsed.rows}
-    for path in tables.RESULTS.glob("*.csv"):
+    for path in recorded.RESULTS.glob("*.csv"):
         with path.open(newline="") as file:
             reader = csv.reader(file)
             next(reader)
@@ -113,7 +107,7 @@ def test_every_recorded_row_is_there(parsed: Page) -> None:
 
 
 def test_every_claim_and_table_is_there(text: str, parsed: Page) -> None:
-    for result in claims.results():
+    for result in results():
         assert f"claim-{result.claim.name}" in parsed.ids
         for line in (result.claim.here, result.claim.true_size):
             assert html.escape(line) in text
@@ -123,9 +117,9 @@ def test_every_claim_and_table_is_there(text: str, parsed: Page) -> None:
 
 
 def test_the_markdown_agrees_with_the_rows() -> None:
-    stored = (tables.RESULTS / "report.md").read_text(encoding="utf-8")
-    assert report.report_markdown() == stored, "run make report"
-    assert all(f"### {r.claim.name}" in stored for r in claims.results())
+    stored = (recorded.RESULTS / "report.md").read_text(encoding="utf-8")
+    assert report_markdown() == stored, "run make report"
+    assert all(f"### {r.claim.name}" in stored for r in results())
 
 
 def test_cells_are_escaped() -> None:

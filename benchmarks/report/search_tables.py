@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tables import markdown, newest
+from report.rows import markdown, newest
 
 
 def finercut_table() -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shapes import decode_bytes, prefill_flops, quantized_decode_bytes
+from public_models import decode_bytes, prefill_flops, quantized_decode_bytes
 
 from depthprune_runtime.spec import DecoderSpec
 

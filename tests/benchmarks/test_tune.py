@@ -5,18 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+import tune
 
 from depthprune_runtime import prune
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.pruning.options import RepairOptions
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import tune
 
 
 @pytest.mark.parametrize("method", ["finercut", "flattengpt"])

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import quality_tables
-import tables
 import zero_shot
-from tables import WHERE, read
+from report import quality_tables
+from report.rows import WHERE, Row, last, newest, read
 
 from depthprune_runtime.evaluation.results import Metric, TaskResult
 
-Row = Mapping[str, str]
 CPU = ("cpu", "cpu_alone")  # beside peers; ours alone, as the claims' commands run it
 _RUN = ("model", "precision", "date", "commit", "command")
 
@@ -123,7 +121,7 @@ def _quality(variant: str, blocks: int, repair: str) -> list[Row]:
         == (variant, str(blocks), repair, "wikitext2")
     ]
     with_scores = [r for r in rows if quality_tables.scored(r)]
-    return list({**tables.last(rows, "seed"), **tables.last(with_scores, "seed")}.values())
+    return list({**last(rows, "seed"), **last(with_scores, "seed")}.values())
 
 
 def perplexity_ratio(variant: str, blocks: int, repair: str) -> Found | None:
@@ -183,7 +181,7 @@ def zero_shot_kept(variant: str, blocks: int, repair: str) -> Found | None:
 
 def quantized_ratio(variant: str, base: str) -> Found | None:
     """Perplexity of one row of quantization.csv over that of another."""
-    rows = tables.newest("quantization", "variant")
+    rows = newest("quantization", "variant")
     one, other = rows.get((variant,)), rows.get((base,))
     if one is None or other is None:
         return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import zero_shot
-from tables import NOT_MEASURED, Row, last, markdown, read
+from report.rows import NOT_MEASURED, Row, last, markdown, read
 
 from depthprune_runtime.evaluation.results import Metric, TaskResult, paired_papers_mean
 

@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import compare  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_micro_benchmarks_run() -> None:

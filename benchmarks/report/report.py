@@ -1,37 +1,23 @@
-"""All recorded rows as one HTML page, and claims, measurements and floors as Markdown.
-
-    python benchmarks/report.py [--html build/report.html] [--check]
-
-The page needs no network and no other file; it is as large as its rows and is not kept in git. The Markdown is:
-benchmarks/results/report.md. --check says whether that agrees with the rows; exit status 1 if not.
-"""
+"""Claims, measurements and floors as Markdown: what benchmarks/results/report.md holds."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
-
-import tables
-from claims import Result, claim_text, results
-from reporting.model import NOT_TO_BE_HAD
-from reporting.page import page
-from reporting.plots import PLOTS
-
-MARKDOWN = tables.RESULTS / "report.md"
+from report.claim import NOT_TO_BE_HAD
+from report.claims import Result, claim_text, results
+from report.rows import last, markdown, newest, read
 
 
 def joined_table() -> str:
     """Perplexity and decode rate where both were measured of the same model: so far the dense one, by precision."""
-    scores = tables.newest("quantization", "variant")
-    rates = tables.last([r for r in tables.read("cpu") if r["model"] == "smollm2-135m"], *_CPU)
+    scores = newest("quantization", "variant")
+    rates = last([r for r in read("cpu") if r["model"] == "smollm2-135m"], *_CPU)
     lines = []
     for precision in ("bf16", "int8", "int4"):
         score, rate = scores.get((precision,)), rates.get((precision, "ours", "dense", "decode1@32"))
         if score is not None and rate is not None:
             speed = float(rate["median"])
             lines.append([f"dense, {precision}", f"{1e3 / speed:.2f} ms", f"{float(score['perplexity']):.2f}"])
-    return tables.markdown(("SmolLM2-135M", "a token at batch 1, context 32", "perplexity"), lines)
+    return markdown(("SmolLM2-135M", "a token at batch 1, context 32", "perplexity"), lines)
 
 
 _CPU = ("precision", "runtime", "variant", "what")
@@ -53,7 +39,7 @@ def claims_table(found: list[Result]) -> str:
                 state,
             ]
         )
-    return tables.markdown(("claim", "claimed", "source", "floor", "measured here, rows", "at the true size"), lines)
+    return markdown(("claim", "claimed", "source", "floor", "measured here, rows", "at the true size"), lines)
 
 
 def commands(found: list[Result]) -> str:
@@ -80,24 +66,3 @@ def report_markdown() -> str:
         f"## Perplexity and measured latency of the same model\n\n{joined_table()}\n\n"
         f"## Commands\n\n{commands(found).rstrip()}\n"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--html", type=Path, default=tables.ROOT / "build" / "report.html")
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    text = report_markdown()
-    if args.check:
-        if not MARKDOWN.exists() or MARKDOWN.read_text(encoding="utf-8") != text:
-            sys.exit("benchmarks/results/report.md does not agree with the rows; run make report")
-        return
-    MARKDOWN.write_text(text, encoding="utf-8")
-    plots = [plot for make in PLOTS if (plot := make()) is not None]
-    args.html.parent.mkdir(parents=True, exist_ok=True)
-    args.html.write_text(page(results(), plots, joined_table()), encoding="utf-8")
-    print(f"{MARKDOWN.relative_to(tables.ROOT)} and {args.html} ({args.html.stat().st_size / 1e6:.1f} MB)")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import pico
 import pytest
 import torch
+from peers import weights
+from peers.measure import CASES, Machine, Measured, measure, prompts
+from peers.processes import WorkerError
+from peers.rows import Ratios, gain_of_bytes, limit_share
+from peers.runtimes import Candidate
+from peers.worker import Stopwatch
 
 from depthprune_runtime import import_model
 from depthprune_runtime.checkpoint import open_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
-
-from peers import weights  # noqa: E402
-from peers.measure import CASES, Machine, Measured, measure, prompts  # noqa: E402
-from peers.processes import WorkerError  # noqa: E402
-from peers.rows import Ratios, gain_of_bytes, limit_share  # noqa: E402
-from peers.runtimes import Candidate  # noqa: E402
-from worker import Stopwatch  # noqa: E402
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from reporting.model import (
+from public_models import SPECS, prefill_flops, shortened
+from report.claim import (
     NEEDS_PAPER,
     Claim,
     Cpu,
@@ -16,8 +17,7 @@ from reporting.model import (
     gpu_command,
     prefill_floor,
 )
-from reporting.retention import quality_claims
-from shapes import SPECS, prefill_flops, shortened
+from report.paper_quality import quality_claims
 
 SHORTGPT, FINERCUT, FLATTENGPT = "2403.03853", "2405.18218", "2602.08858"
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import quality_tables
-import tables
-from reporting import evidence
-from shapes import SPECS
+from public_models import SPECS
+from report import measured, quality_tables
+from report.rows import last, newest, read
 
 WIDTH = 5.2  # inches: about the points of a phone's width, so that text keeps its size there
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3b82c4", "#e08a1e", "#3fa66b", "#b35fc4", "#d0544f", "#8a949e"
@@ -107,7 +106,7 @@ def speedup() -> Plot | None:
     for one, precision in zip(axes, ("bf16", "int8", "int4"), strict=True):
         for place, (case, colour) in enumerate(CASES.items()):
             for variant, marker in MARKERS.items():
-                found = evidence.cpu_speedups(variant, case, "smollm2-135m", precision)
+                found = measured.cpu_speedups(variant, case, "smollm2-135m", precision)
                 if not found:
                     continue
                 last = found[-1]
@@ -150,7 +149,7 @@ def quality_points() -> list[Point]:
             label = f"{row['variant']} -{row['blocks_fewer']}" if row["blocks_fewer"] else "dense"
             kind = row["variant"]
             found.append(Point(2e-6 * row["parameters"], row["perplexity"], label, kind, row["repair"] == "ridge"))
-    for (variant,), row in tables.newest("quantization", "variant").items():
+    for (variant,), row in newest("quantization", "variant").items():
         pruned = "shortgpt" in variant
         if variant == "bf16" or (pruned and "int" not in variant):
             continue  # not quantised: in quality.csv
@@ -212,18 +211,16 @@ def pareto() -> Plot | None:
 
 
 def roofline() -> Plot | None:
-    rows = [
-        r for r in tables.read("cpu") if r["model"] == "smollm2-135m" and r["what"] == "decode1@32" and r["of_limit"]
-    ]
-    last = tables.last(rows, "precision", "runtime", "variant")
-    if not last:
+    rows = [r for r in read("cpu") if r["model"] == "smollm2-135m" and r["what"] == "decode1@32" and r["of_limit"]]
+    counted = last(rows, "precision", "runtime", "variant")
+    if not counted:
         return None
-    newest = {row["precision"]: row["commit"] for row in rows}  # the last row of each counts
-    order = sorted(last, key=lambda k: (("bf16", "int8", "int4").index(k[0]), k[1] == "ours"))
+    commits = {row["precision"]: row["commit"] for row in rows}  # the last row of each counts
+    order = sorted(counted, key=lambda k: (("bf16", "int8", "int4").index(k[0]), k[1] == "ours"))
     figure, (axes,) = _figure(0.9 + 0.24 * len(order))
     for place, key in enumerate(order):
-        share = 100 * float(last[key]["of_limit"])
-        colour, alpha = BLUE if key[1] == "ours" else GREY, 1.0 if last[key]["commit"] == newest[key[0]] else 0.4
+        share = 100 * float(counted[key]["of_limit"])
+        colour, alpha = BLUE if key[1] == "ours" else GREY, 1.0 if counted[key]["commit"] == commits[key[0]] else 0.4
         axes.barh(-place, share, 0.72, color=colour, alpha=alpha)
         axes.text(share + 1, -place, f"{share:.0f}", va="center", fontsize=7.5, color=_INK)
     names = [f"{p} {v if r == 'ours' else r}" for p, r, v in order]
@@ -241,7 +238,7 @@ def roofline() -> Plot | None:
 
 
 def profile() -> Plot | None:
-    rows = tables.newest("profile_cpu", "model", "variant", "precision", "context", "part")
+    rows = newest("profile_cpu", "model", "variant", "precision", "context", "part")
     cases = list(dict.fromkeys(key[1:4] for key in rows if key[0] == "smollm2-135m"))
     if not cases:
         return None

@@ -7,22 +7,20 @@ import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
+import claims
+import public_models
 import pytest
+from report import measured
+from report import rows as recorded
+from report.claim import NOT_TO_BE_HAD, Exact
+from report.claims import Answer, readme_table, results
+from report.measured import Found
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+ROOT = Path(__file__).resolve().parents[2]
 
-import claims  # noqa: E402
-import shapes  # noqa: E402
-import tables  # noqa: E402
-from reporting import evidence  # noqa: E402
-from reporting.evidence import Found  # noqa: E402
-from reporting.model import NOT_TO_BE_HAD, Exact  # noqa: E402
-
-RESULTS = claims.results()
+RESULTS = results()
 NAMES = [r.claim.name for r in RESULTS]
 
 
@@ -82,26 +80,26 @@ def test_blocks_at_the_true_size_are_the_share_that_was_claimed():
     for claim in (r.claim for r in RESULTS):
         blocks = re.search(r"--blocks (\d+)", claim.true_size)
         percent = re.fullmatch(r"([0-9.]+)%", claim.ratio)
-        if claim.model.lower() in shapes.SPECS and blocks and percent:
-            dense = shapes.SPECS[claim.model.lower()]
-            share = 1 - shapes.shortened(dense, int(blocks[1])).num_parameters() / dense.num_parameters()
+        if claim.model.lower() in public_models.SPECS and blocks and percent:
+            dense = public_models.SPECS[claim.model.lower()]
+            share = 1 - public_models.shortened(dense, int(blocks[1])).num_parameters() / dense.num_parameters()
             assert 100 * share == pytest.approx(float(percent[1]), abs=0.5), claim.name
             checked.add(claim.model)
     assert checked == {"Llama-2-7B", "Llama-2-13B", "Qwen1.5-7B"}
 
 
 def test_rows_of_an_uncommitted_tree_answer_no_claim(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(recorded, "RESULTS", tmp_path)
     store(tmp_path, [row("dense", "a", 10), row("flattengpt 20%", "a", 12)])
-    assert len(evidence.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16")) == 1
+    assert len(measured.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16")) == 1
     store(tmp_path, [row("dense", "a+", 10), row("flattengpt 20%", "a+", 12)])
-    assert evidence.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16") == []
+    assert measured.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16") == []
 
 
 def test_what_cannot_be_had_is_said():
-    import report
+    from report.report import report_markdown
 
-    text = report.report_markdown()
+    text = report_markdown()
     for words in NOT_TO_BE_HAD:
         assert words in text
 
@@ -122,7 +120,7 @@ def test_rows_are_there(result):
     for answer in result.answers:
         for name in answer.rows:
             file, line = name.split(":")
-            with (tables.RESULTS / file).open(newline="") as stored:
+            with (recorded.RESULTS / file).open(newline="") as stored:
                 reader = csv.DictReader(stored)
                 assert any(reader.line_num == int(line) and row["commit"] for row in reader)
 
@@ -132,7 +130,7 @@ def test_speedups_are_the_medians_of_one_run():
         for answer in result.answers:
             if answer.exact or not answer.rows[0].startswith("cpu"):
                 continue
-            rows = {r[evidence.WHERE]: r for name in evidence.CPU for r in evidence.read(name)}
+            rows = {r[measured.WHERE]: r for name in measured.CPU for r in measured.read(name)}
             pruned, dense = (rows[name] for name in answer.rows)
             assert dense["variant"] == "dense" != pruned["variant"]
             for key in ("precision", "what", "model", "commit", "command", "runtime"):
@@ -144,7 +142,7 @@ def test_floors_of_70b():
     """138 GB of weights but the input embedding; a fifth of the blocks gives 1.25x, 1.27x takes 17 of them."""
     claim = next(r.claim for r in RESULTS if r.claim.name == "flattengpt-70b-throughput")
     sixteen, seventeen = claim.floors()
-    dense = shapes.SPECS["llama-2-70b"]
+    dense = public_models.SPECS["llama-2-70b"]
     assert dense.num_parameters() == 68_976_648_192  # as published
     assert sixteen.before * 1e9 == dense.bytes_per_token(2) + 64 * 128 * dense.kv_bytes_per_token(2)
     assert sixteen.speedup == pytest.approx(1.249, abs=1e-3)
@@ -155,20 +153,20 @@ def test_shapes_of_public_models():
     published = {"llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "qwen1.5-7b": 7_721_324_544}
     published |= {"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "smollm2-135m": 134_515_008}
     for name, size in published.items():
-        assert shapes.SPECS[name].num_parameters() == size, name
-    less = shapes.shortened(shapes.SPECS["llama-3-70b"], attentions=34)
+        assert public_models.SPECS[name].num_parameters() == size, name
+    less = public_models.shortened(public_models.SPECS["llama-3-70b"], attentions=34)
     assert (len(less.attention_sublayers()), len(less.ffn_sublayers())) == (46, 80)
     assert less.blocks() is None
 
 
 def test_exact_numbers_need_no_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    empty = claims.results()
+    monkeypatch.setattr(recorded, "RESULTS", tmp_path)
+    empty = results()
     assert all(a.exact for r in empty for a in r.answers)
     assert {r.claim.name for r in empty if r.answers} == {
         r.claim.name for r in RESULTS if any(isinstance(c, Exact) for c in r.claim.checks)
     }
-    assert "nothing comparable" in claims.readme_table()
+    assert "nothing comparable" in readme_table()
 
 
 def row(variant: str, commit: str, median: float, spread: float = 0.1) -> dict[str, str]:
@@ -185,32 +183,32 @@ def store(folder: Path, rows: list[dict[str, object]], name: str = "cpu") -> Non
 
 
 def test_only_one_run_is_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(recorded, "RESULTS", tmp_path)
     rates = [("dense", "a", 10), ("flattengpt 20%", "a", 12), ("dense", "b", 100), ("flattengpt 20%", "b", 150)]
     rates += [("dense", "b", 200), ("flattengpt 20%", "b", 300), ("dense", "c", 1000)]
     store(tmp_path, [row(*rate) for rate in rates])
-    found = evidence.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16")
+    found = measured.cpu_speedups("flattengpt 20%", "decode8", "smollm2-135m", "bf16")
     assert [round(f.value, 3) for f in found] == [1.2, 1.5, 1.5]
     assert found[-1].rows == ("cpu.csv:7", "cpu.csv:6")
     assert found[-1].agrees(found[-2])
     assert not found[-1].agrees(found[0])
     assert "measured again since: 1,000.0" in found[-1].stale
-    answer = claims.Answer("what", "x", tuple(found))
+    answer = Answer("what", "x", tuple(found))
     assert "the run before, the same code, agrees: 1.50x" in answer.text
-    assert claims.Answer("what", "x", tuple(found[:2])).short.endswith("(the run before disagrees)")
+    assert Answer("what", "x", tuple(found[:2])).short.endswith("(the run before disagrees)")
 
 
 def test_rows_of_a_gpu_answer_at_the_true_size(tmp_path, monkeypatch):
     import bench_gpu
 
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(recorded, "RESULTS", tmp_path)
     settings = "64 x 64 + 128 tokens, group 0"
     place = {"machine": "a GPU", "date": "", "commit": "a", "command": "c"}
     dense = bench_gpu._row("llama-2-70b/4", "ours dense", "decode64", "tokens/s", [10, 11, 12], settings=settings)
     more = {"ratio": "1.231", "settings": settings}
     less = bench_gpu._row("llama-2-70b/4", "ours flattengpt 20%", "decode64", "tokens/s", [12, 13, 14], **more)
     store(tmp_path, [dense | place, less | place], "gpu")
-    result = next(r for r in claims.results() if r.claim.name == "flattengpt-70b-throughput")
+    result = next(r for r in results() if r.claim.name == "flattengpt-70b-throughput")
     assert result.status == "measured on a part of the depth"
     (answer,) = result.answers
     assert answer.found[-1].value == 1.231
@@ -219,12 +217,12 @@ def test_rows_of_a_gpu_answer_at_the_true_size(tmp_path, monkeypatch):
 
 
 def test_several_seeds_are_told_with_their_deviation(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(recorded, "RESULTS", tmp_path)
     head = "variant,blocks_fewer,repair,calibration,seed,tasks,perplexity,accuracy,commit,date\n"
     lines = ["dense,0,none,wikitext2,0,,10,,a,2027-01-01", "flattengpt,9,ridge,wikitext2,0,,20,,a,2027-01-01"]
     lines += ["flattengpt,9,ridge,wikitext2,1,,22,,a,2027-01-01", "flattengpt,9,ridge,builtin,2,,90,,a,2027-01-01"]
     (tmp_path / "quality.csv").write_text(head + "\n".join(lines) + "\n")
-    found = evidence.perplexity_ratio("flattengpt", 9, "ridge")
+    found = measured.perplexity_ratio("flattengpt", 9, "ridge")
     assert found.value == pytest.approx(2.1)
     assert found.high - found.value == pytest.approx(0.02**0.5)
     assert found.note == "2 seeds"

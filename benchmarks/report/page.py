@@ -7,9 +7,10 @@ import html
 import re
 from collections.abc import Sequence
 
-import tables
-from claims import Result
-from reporting.plots import Plot
+from report.claims import Result
+from report.plots import Plot
+from report.rows import RESULTS
+from report.tables import TABLES
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #59636d; --line: #d6dbe0; --paper: #fff; --tint: #f3f5f7;
@@ -119,7 +120,7 @@ def figure(plot: Plot) -> str:
 
 def raw(name: str) -> str:
     """Every row of a CSV file, folded; its first column is the line that other parts name."""
-    with (tables.RESULTS / f"{name}.csv").open(newline="") as file:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
         reader = csv.reader(file)
         heads = ["line", *next(reader)]
         lines = [[str(reader.line_num), *row] for row in reader]
@@ -128,7 +129,7 @@ def raw(name: str) -> str:
 
 
 def page(results: Sequence[Result], plots: Sequence[Plot], joined: str) -> str:
-    names = sorted(p.stem for p in tables.RESULTS.glob("*.csv"))
+    names = sorted(p.stem for p in RESULTS.glob("*.csv"))
     states: dict[str, int] = {}
     for result in results:
         states[result.status] = states.get(result.status, 0) + 1
@@ -136,7 +137,7 @@ def page(results: Sequence[Result], plots: Sequence[Plot], joined: str) -> str:
     titles = {"decode": "Beside Transformers", "cpu": "Beside other runtimes", "quality": "Quality"}
     sections = [
         f"<h3>{html.escape(titles.get(name, name))}</h3>{from_markdown(make())}"
-        for name, make in tables.TABLES.items()
+        for name, make in TABLES.items()
         if name != "claims"
     ]
     return "\n".join(

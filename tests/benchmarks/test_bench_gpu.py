@@ -11,20 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_gpu
 import pytest
 import torch
+from on_gpu import decode_kernels, kernels, models
+from on_gpu.generation import DENSE, Case, groups
+from on_gpu.timing import Budget, Clock, TokenClock
+from peers.weights import VARIANTS
+from public_models import decode_bytes, prefill_flops
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from depthprune_runtime.model.batch import packed
 
-import bench_gpu  # noqa: E402
-import shapes  # noqa: E402
-from on_gpu import decode_kernels, kernels, models  # noqa: E402
-from on_gpu.generation import DENSE, Case, groups  # noqa: E402
-from on_gpu.timing import Budget, Clock, TokenClock  # noqa: E402
-from peers.weights import VARIANTS  # noqa: E402
-
-from depthprune_runtime.model.batch import packed  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 PUBLIC = {"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-3-8b": 8_030_261_248}
 
@@ -59,14 +57,14 @@ def test_variants_are_what_their_names_say(model: str) -> None:
 def test_floors_of_llama_2_7b() -> None:
     """13.21 GB of weights a token, 512 KB of keys and values a token of context; merging alone saves no bytes."""
     dense = models.variant_spec("llama-2-7b", "dense")
-    assert shapes.decode_bytes(dense, 1, 0) == pytest.approx(13.21e9, rel=1e-3)
-    assert shapes.decode_bytes(dense, 8, 100) - shapes.decode_bytes(dense, 8, 0) == 8 * 100 * 512 * 1024
+    assert decode_bytes(dense, 1, 0) == pytest.approx(13.21e9, rel=1e-3)
+    assert decode_bytes(dense, 8, 100) - decode_bytes(dense, 8, 0) == 8 * 100 * 512 * 1024
     wide = models.variant_spec("llama-2-7b", "flattengpt wide")
-    assert shapes.decode_bytes(wide, 8, 100) == pytest.approx(shapes.decode_bytes(dense, 8, 100), rel=1e-4)
+    assert decode_bytes(wide, 8, 100) == pytest.approx(decode_bytes(dense, 8, 100), rel=1e-4)
     narrow = models.variant_spec("llama-2-7b", "flattengpt 20%")
-    assert shapes.decode_bytes(dense, 1, 0) / shapes.decode_bytes(narrow, 1, 0) == pytest.approx(1.27, abs=0.01)
+    assert decode_bytes(dense, 1, 0) / decode_bytes(narrow, 1, 0) == pytest.approx(1.27, abs=0.01)
     inner = dense.num_parameters(embeddings=False)
-    assert shapes.prefill_flops(dense, 2048) == pytest.approx(2 * 2048 * inner + 32 * 2 * 4096 * 2048**2, rel=1e-3)
+    assert prefill_flops(dense, 2048) == pytest.approx(2 * 2048 * inner + 32 * 2 * 4096 * 2048**2, rel=1e-3)
 
 
 def test_every_variant_fits_the_pool_and_shares_it() -> None:

@@ -8,20 +8,14 @@ import math
 import random
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
+import zero_shot
+from report import measured, quality_tables, tables
+from report import rows as recorded
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import quality_tables  # noqa: E402
-import tables  # noqa: E402
-import zero_shot  # noqa: E402
-from reporting import evidence  # noqa: E402
-
-from depthprune_runtime.evaluation.results import Metric, TaskResult  # noqa: E402
+from depthprune_runtime.evaluation.results import Metric, TaskResult
 
 PLACE = {"date": "2027-01-01", "commit": "abc"}
 COST = {"parameters": 1_000_000, "perplexity": 20.0, "prune_s": 1.0, "peak_mb": 2}
@@ -46,7 +40,7 @@ def results(seed: int, like: list[TaskResult] | None = None, agree: float = 0.9)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(recorded, "RESULTS", tmp_path)
     return tmp_path
 
 
@@ -105,7 +99,7 @@ def test_what_was_not_measured_says_so(folder: Path):
     record(folder, "dense", 0, "none", None)
     lines = quality_tables.quality_table().splitlines()[2:]
     assert len(lines) == 1 + 4 * 3 * 2
-    assert all(tables.NOT_MEASURED in line for line in lines)
+    assert all(recorded.NOT_MEASURED in line for line in lines)
     assert "20.00" in lines[0]
 
 
@@ -139,7 +133,7 @@ def test_what_repair_gains_by_text(folder: Path):
     record(folder, "shortgpt", 3, "ridge", None, perplexity=35.0, calibration="books")
     line = next(line for line in quality_tables.texts_table().splitlines() if line.startswith("| shortgpt"))
     assert "5.0 (40.00 to 35.00)" in line
-    assert line.count(tables.NOT_MEASURED) == 5
+    assert line.count(recorded.NOT_MEASURED) == 5
 
 
 def test_the_error_of_a_share_is_that_of_repeated_draws(folder: Path):
@@ -147,7 +141,7 @@ def test_the_error_of_a_share_is_that_of_repeated_draws(folder: Path):
     found = []
     for seed in range(150):
         dense = results(seed)
-        found.append(evidence.kept_share(results(1000 + seed, dense), dense))
+        found.append(measured.kept_share(results(1000 + seed, dense), dense))
     spread = statistics.stdev(share.value for share in found)
     assert statistics.mean(share.stderr for share in found) == pytest.approx(spread, rel=0.2)
 
@@ -156,7 +150,7 @@ def test_no_table_uses_rows_of_an_uncommitted_tree(tmp_path: Path, monkeypatch: 
     """All recorded rows, as if measured with changes: every table is what it is without rows."""
     empty, dirty = tmp_path / "empty", tmp_path / "dirty"
     empty.mkdir()
-    shutil.copytree(tables.RESULTS, dirty)
+    shutil.copytree(recorded.RESULTS, dirty)
     for path in dirty.glob("*.csv"):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -165,13 +159,13 @@ def test_no_table_uses_rows_of_an_uncommitted_tree(tmp_path: Path, monkeypatch: 
             writer.writeheader()
             writer.writerows({**row, "commit": row["commit"].rstrip("+") + "+"} for row in rows)
     for name, make in tables.TABLES.items():
-        monkeypatch.setattr(tables, "RESULTS", dirty)
+        monkeypatch.setattr(recorded, "RESULTS", dirty)
         found = make()
-        monkeypatch.setattr(tables, "RESULTS", empty)
+        monkeypatch.setattr(recorded, "RESULTS", empty)
         assert found == make(), name
 
 
 def test_an_older_row_does_not_stand_in_for_an_unpublished_one(folder: Path):
     append(folder / "decode_cpu.csv", [{"case": "decode", "commit": "a"}, {"case": "load", "commit": "a"}])
     append(folder / "decode_cpu.csv", [{"case": "decode", "commit": "b+"}])
-    assert list(tables.newest("decode_cpu", "case")) == [("load",)]
+    assert list(recorded.newest("decode_cpu", "case")) == [("load",)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from reporting.model import NEEDS_PAPER, WEIGHTS, Check, Claim, Cpu, Gpu, Quality, Quantized, cpu_command, gpu_command
+from report.claim import NEEDS_PAPER, WEIGHTS, Check, Claim, Cpu, Gpu, Quality, Quantized, cpu_command, gpu_command
 
 _HUB = {
     "Llama-2-7B": "meta-llama/Llama-2-7b-hf",
