@@ -8,6 +8,8 @@
 // Grid: x is the token; y and the rows of a block are its heads, q then k then v.
 #include "cuda/rotary.h"
 
+#include <algorithm>
+
 #include "cuda/device.cuh"
 
 namespace depthprune::cuda {

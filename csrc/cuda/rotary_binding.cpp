@@ -6,8 +6,8 @@
 
 #include <optional>
 
-#include "check.h"
-#include "cpu/arguments.h"
+#include "common/check.h"
+#include "common/dtype_of.h"
 #include "cuda/rotary.h"
 
 namespace depthprune::cuda {

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/decode_step.h"
+#include "cpu/step/step.h"
 
 using namespace depthprune;
 
