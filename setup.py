@@ -155,6 +155,6 @@ setup(
     packages=find_namespace_packages(
         include=["depthprune_runtime", "depthprune_runtime.*"], exclude=["*.__pycache__", "*.__pycache__.*"]
     ),
-    package_data={"": ["*.json", "py.typed"]},
+    package_data={"": ["*.json", "*.pyi", "py.typed"]},
     **extension(),
 )
