@@ -70,8 +70,8 @@ at::Tensor add_rms_norm(
   DEPTHPRUNE_CHECK(x.dim() >= 1, op, "x", "at least one dimension", x.sizes());
   check_weight(op, x, weight, x.sizes().slice(x.dim() - 1));
   DEPTHPRUNE_CHECK(
-      residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type() && residual.device() == x.device(),
-      op, "residual", c10::str("shape ", x.sizes(), ", dtype ", x.scalar_type(), ", device ", x.device()),
+      residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type() && residual.device() == x.device(), op,
+      "residual", c10::str("shape ", x.sizes(), ", dtype ", x.scalar_type(), ", device ", x.device()),
       c10::str(residual.sizes(), " ", residual.scalar_type(), " ", residual.device()));
   return run(x, residual, weight, eps);
 }

@@ -49,8 +49,7 @@ void check_query(
   DEPTHPRUNE_CHECK(
       q.dim() == 3 && q.size(1) > 0 && q.size(2) > 0, op, "q", "shape [T, H, D] with H and D of at least 1", q.sizes());
   DEPTHPRUNE_CHECK(window >= 0, op, "window", "at least 0 (0: all tokens)", window);
-  DEPTHPRUNE_CHECK(
-      is_known(q.scalar_type()), op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
+  DEPTHPRUNE_CHECK(is_known(q.scalar_type()), op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
   DEPTHPRUNE_CHECK(
       k.size(dims - 1) == q.size(2) && k.size(dims - 2) > 0 && q.size(1) % k.size(dims - 2) == 0, op, name,
       c10::str("shape [..., K, ", q.size(2), "] where K divides the ", q.size(1), " heads of q"), k.sizes());
@@ -91,8 +90,7 @@ Problem problem_of(
     int64_t window) {
   const int64_t token = k.dim() - 3;  // the dimension of tokens
   const auto source = [token](const at::Tensor& t) {
-    return attention::Source{
-        t.const_data_ptr(), token > 0 ? t.stride(0) : 0, t.stride(token), t.stride(token + 1)};
+    return attention::Source{t.const_data_ptr(), token > 0 ? t.stride(0) : 0, t.stride(token), t.stride(token + 1)};
   };
   Problem problem{};
   problem.q = q.const_data_ptr();
@@ -115,13 +113,13 @@ Problem problem_of(
 at::Tensor dense_last(const at::Tensor& q) { return q.stride(2) == 1 || q.size(2) == 1 ? q : q.contiguous(); }
 
 at::Tensor paged_attention(
-    const at::Tensor& input,          // [T, H, D]
-    const at::Tensor& k_cache,        // [N, P, K, D]
-    const at::Tensor& v_cache,        // [N, P, K, D]
-    const at::Tensor& block_tables,   // [B, M]
-    const at::Tensor& context_lens,   // [B]
-    const at::Tensor& cu_seqlens_q,   // [B + 1]
-    double scale, int64_t window) {   // -> [T, H, D]
+    const at::Tensor& input,         // [T, H, D]
+    const at::Tensor& k_cache,       // [N, P, K, D]
+    const at::Tensor& v_cache,       // [N, P, K, D]
+    const at::Tensor& block_tables,  // [B, M]
+    const at::Tensor& context_lens,  // [B]
+    const at::Tensor& cu_seqlens_q,  // [B + 1]
+    double scale, int64_t window) {  // -> [T, H, D]
   const char* op = "paged_attention";
   DEPTHPRUNE_CHECK(k_cache.dim() == 4 && k_cache.size(1) > 0, op, "k_cache", "shape [N, P, K, D]", k_cache.sizes());
   check_query(op, input, "k_cache", k_cache, v_cache, window);

@@ -10,7 +10,7 @@
 namespace depthprune::attention {
 
 constexpr int64_t kKeys = 64;     // keys of a tile
-constexpr int kRows = 6;         // rows of queries that one product takes
+constexpr int kRows = 6;          // rows of queries that one product takes
 constexpr int64_t kFewRows = 16;  // up to this many rows, keys are read in place; above, they are transposed first
 
 // How a tile of keys is read: in place; widened to float32 once for all rows, padded; that with keys transposed; or in

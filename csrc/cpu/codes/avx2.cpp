@@ -55,9 +55,7 @@ struct Avx2 {
   template <int bits>
   struct Codes;
 
-  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void zero(Float (&total)[2]) {
-    total[0] = total[1] = _mm256_setzero_ps();
-  }
+  static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void zero(Float (&total)[2]) { total[0] = total[1] = _mm256_setzero_ps(); }
 
   template <int bits, bool symmetric>
   static DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void start(int32_t minus, const uint8_t* zeros, Int (&sum)[2]) {

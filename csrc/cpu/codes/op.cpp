@@ -26,12 +26,11 @@ QuantizedPanels quantized_panels() {
 namespace {
 
 constexpr const char* kOp = "quantized_linear";
-constexpr int64_t kGrain = 1 << 18;  // products that are worth a second thread
-constexpr int64_t kGatedPanels = 4;  // of gates and of ups at a time, for
+constexpr int64_t kGrain = 1 << 18;    // products that are worth a second thread
+constexpr int64_t kGatedPanels = 4;    // of gates and of ups at a time, for
 constexpr int64_t kGatedTokens = 256;  // so many tokens: their outputs stay in the second-level cache
 
-const void* part(
-    const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
+const void* part(const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
   DEPTHPRUNE_CHECK(
       t.sizes() == sizes && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), kOp, name,
       c10::str("shape ", sizes, ", dtype ", dtype, ", dense, device cpu"),
@@ -79,8 +78,13 @@ void gated_panels(const QuantizedLinear& job, int64_t begin, int64_t end) {
         const int64_t row = (shift + panel) * kPanelRows;
         const char* bias = job.bias == nullptr ? nullptr : static_cast<const char*>(job.bias) + row * element;
         const QuantizedLinear part{
-            job.weight.slice(shift + panel, shift + last), job.x + token * packed_bytes(job.weight), bias,
-            scratch.data() + (shift == 0 ? 0 : channels * element), tokens, 2 * channels, job.dtype};
+            job.weight.slice(shift + panel, shift + last),
+            job.x + token * packed_bytes(job.weight),
+            bias,
+            scratch.data() + (shift == 0 ? 0 : channels * element),
+            tokens,
+            2 * channels,
+            job.dtype};
         panels(part, 0, last - panel);
       }
       for (int64_t t = 0; t < tokens; ++t) {
@@ -93,15 +97,14 @@ void gated_panels(const QuantizedLinear& job, int64_t begin, int64_t end) {
 }
 
 at::Tensor quantized_linear(
-    const at::Tensor& x,                     // [T, K]
-    const at::Tensor& codes,                 // [P, K' bits / 32, 16, 4]
-    const at::Tensor& scales,                // [P, groups, 16]
-    const std::optional<at::Tensor>& zeros,  // [P, groups, 16]
-    const std::optional<at::Tensor>& bias,   // [N]
+    const at::Tensor& x,                                                   // [T, K]
+    const at::Tensor& codes,                                               // [P, K' bits / 32, 16, 4]
+    const at::Tensor& scales,                                              // [P, groups, 16]
+    const std::optional<at::Tensor>& zeros,                                // [P, groups, 16]
+    const std::optional<at::Tensor>& bias,                                 // [N]
     int64_t out_features, int64_t bits, int64_t group_size, bool gated) {  // -> [T, N], gated [T, N / 2]
   DEPTHPRUNE_CHECK(x.dim() == 2, kOp, "x", "two dimensions [T, K]", x.sizes());
-  DEPTHPRUNE_CHECK(
-      is_known(x.scalar_type()), kOp, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
+  DEPTHPRUNE_CHECK(is_known(x.scalar_type()), kOp, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
   QuantizedLinear job{};
   job.weight = weight_of(codes, scales, zeros, out_features, x.size(1), bits, group_size);
   if (bias) job.bias = part("bias", *bias, x.scalar_type(), {out_features});

@@ -94,8 +94,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void transpose8(const __m256i (&in)[8], uint
   }
 }
 
-DEPTHPRUNE_TARGET void pack(
-    const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel) {
+DEPTHPRUNE_TARGET void pack(const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel) {
   constexpr int64_t kStep = 16;  // columns: 8 words of each row
   const int64_t filled = (in_features + 31) / 32 * 32;
   for (int64_t k = 0; k < filled; k += kStep) {

@@ -57,8 +57,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE __m256i rounded16(const float (&sums)[kGemmR
   return narrow16(_mm512_loadu_ps(sums));
 }
 
-DEPTHPRUNE_TARGET void pack(
-    const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel) {
+DEPTHPRUNE_TARGET void pack(const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel) {
   for (int64_t k = 0; k < in_features; k += 32) {
     const int64_t width = in_features - k;
     const __mmask32 mask = width >= 32 ? 0xffffffffu : (1u << width) - 1u;

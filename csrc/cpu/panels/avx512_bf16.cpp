@@ -109,8 +109,7 @@ DEPTHPRUNE_TARGET DEPTHPRUNE_INLINE void all_tokens(
 
 // Outputs [first, last), as many panels at a time as `V` says, then one by one.
 template <int V, bool gated, int S, bool stream>
-DEPTHPRUNE_TARGET void outputs(
-    const Gemm& gemm, Place place, int64_t first, int64_t last, int64_t begin, int64_t end) {
+DEPTHPRUNE_TARGET void outputs(const Gemm& gemm, Place place, int64_t first, int64_t last, int64_t begin, int64_t end) {
   constexpr int one = gated ? 2 : 1;
   constexpr int64_t step = V / one * kGemmRows;
   const auto advance = [&](int64_t panels) {

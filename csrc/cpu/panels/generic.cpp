@@ -39,7 +39,8 @@ DEPTHPRUNE_CLONES void run(
       for (int64_t r = 0; r < count; ++r) {
         float value = sums[r] + (gemm.bias == nullptr ? 0.0f : BFloat16::widen(gemm.bias[n + r]));
         if (gemm.gated) {
-          const float up = more[r] + (gemm.bias == nullptr ? 0.0f : BFloat16::widen(gemm.bias[gemm.out_features + n + r]));
+          const float up =
+              more[r] + (gemm.bias == nullptr ? 0.0f : BFloat16::widen(gemm.bias[gemm.out_features + n + r]));
           value = value / (1.0f + std::exp(-value)) * up;
         }
         gemm.out[t * gemm.out_features + n + r] = BFloat16::narrow(value);

@@ -72,7 +72,8 @@ void pack_panels(const at::Tensor& weight, at::Tensor& panels) {  // [N, K], [P,
   constexpr const char* op = "pack_panels";
   DEPTHPRUNE_CHECK(
       weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.is_cpu(), op, "weight",
-      "shape [N, K] in bfloat16, device cpu", c10::str(weight.sizes(), " ", weight.scalar_type(), " ", weight.device()));
+      "shape [N, K] in bfloat16, device cpu",
+      c10::str(weight.sizes(), " ", weight.scalar_type(), " ", weight.device()));
   check_panels(op, panels, weight.size(0), weight.size(1));
   const at::Tensor rows = with_row_strides(weight);
   const auto* from = static_cast<const uint16_t*>(rows.const_data_ptr());

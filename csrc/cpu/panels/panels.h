@@ -66,8 +66,7 @@ struct GemmRows {
 void run_gemm(const Gemm& gemm, const GemmRows& rows);
 
 // `count` <= kGemmRows rows into one panel.
-using GemmPack = void (*)(
-    const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel);
+using GemmPack = void (*)(const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel);
 extern const GemmPack kGemmPackAvx2;  // null like the kernels
 extern const GemmPack kGemmPackAvx512;
 void pack_panel(const uint16_t* rows, int64_t stride, int64_t count, int64_t in_features, uint32_t* panel);

@@ -53,8 +53,7 @@ void silu_mul_row(const void* gate, const void* up, void* out, int64_t size, Dty
 
 at::Tensor silu_mul(const at::Tensor& gate_up) {  // [T, 2F] -> [T, F]
   const char* op = "silu_mul";
-  DEPTHPRUNE_CHECK(
-      gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, op, "gate_up", "shape [T, 2F]", gate_up.sizes());
+  DEPTHPRUNE_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, op, "gate_up", "shape [T, 2F]", gate_up.sizes());
   DEPTHPRUNE_CHECK(
       is_known(gate_up.scalar_type()), op, "gate_up", "dtype bfloat16, float16 or float32", gate_up.scalar_type());
   const at::Tensor x = gate_up.stride(1) == 1 ? gate_up : gate_up.contiguous();

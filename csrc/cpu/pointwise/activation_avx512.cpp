@@ -23,8 +23,7 @@ DEPTHPRUNE_TARGET void silu_mul(const uint16_t* gate, const uint16_t* up, uint16
     const auto lanes = static_cast<__mmask16>(size - i >= 16 ? 0xffffu : (1u << (size - i)) - 1u);
     const __m512 silu = silu16(widen(_mm256_maskz_loadu_epi16(lanes, gate + i)));
     const __m512i kept = _mm512_and_si512(narrow(silu), _mm512_set1_epi32(-65536));
-    const __m512 product = _mm512_mul_ps(
-        _mm512_castsi512_ps(kept), widen(_mm256_maskz_loadu_epi16(lanes, up + i)));
+    const __m512 product = _mm512_mul_ps(_mm512_castsi512_ps(kept), widen(_mm256_maskz_loadu_epi16(lanes, up + i)));
     _mm256_mask_storeu_epi16(out + i, lanes, narrow16(product));
   }
 }
@@ -32,8 +31,7 @@ DEPTHPRUNE_TARGET void silu_mul(const uint16_t* gate, const uint16_t* up, uint16
 }  // namespace
 
 void silu_mul_avx512(const void* gate, const void* up, void* out, int64_t size) {
-  silu_mul(
-      static_cast<const uint16_t*>(gate), static_cast<const uint16_t*>(up), static_cast<uint16_t*>(out), size);
+  silu_mul(static_cast<const uint16_t*>(gate), static_cast<const uint16_t*>(up), static_cast<uint16_t*>(out), size);
 }
 
 }  // namespace depthprune

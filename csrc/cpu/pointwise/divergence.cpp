@@ -44,8 +44,7 @@ DEPTHPRUNE_INLINE float log_cosh(float h) {
   series = series * s + 0.5f;
   series = series * s;
   const float exact = h + log1p_of_unit(fast_exp(-2.0f * h)) - 0x1.62e43p-1f;
-  return std::bit_cast<float>(
-      select(h < 0.35f, std::bit_cast<uint32_t>(series), std::bit_cast<uint32_t>(exact)));
+  return std::bit_cast<float>(select(h < 0.35f, std::bit_cast<uint32_t>(series), std::bit_cast<uint32_t>(exact)));
 }
 
 template <typename X>

@@ -45,8 +45,8 @@ void check_pair(
   const char* op = "kv_write";
   DEPTHPRUNE_CHECK(x.dim() == 3 && x.size(0) == like.size(0), op, name, "shape [T, K, D]", x.sizes());
   DEPTHPRUNE_CHECK(
-      cache.dim() == 4 && cache.size(1) > 0 && cache.size(2) == x.size(1) && cache.size(3) == x.size(2), op,
-      cache_name, c10::str("shape [N, P, ", x.size(1), ", ", x.size(2), "]"), cache.sizes());
+      cache.dim() == 4 && cache.size(1) > 0 && cache.size(2) == x.size(1) && cache.size(3) == x.size(2), op, cache_name,
+      c10::str("shape [N, P, ", x.size(1), ", ", x.size(2), "]"), cache.sizes());
   DEPTHPRUNE_CHECK(
       cache.scalar_type() == x.scalar_type(), op, cache_name,
       c10::str("dtype ", x.scalar_type(), " (that of ", name, ")"), cache.scalar_type());

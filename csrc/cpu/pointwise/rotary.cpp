@@ -77,8 +77,7 @@ void rotary(
   DEPTHPRUNE_CHECK(
       k.dim() == 3 && k.size(0) == tokens && k.size(2) == 2 * half, op, "k",
       c10::str("shape [", tokens, ", K, ", 2 * half, "]"), k.sizes());
-  DEPTHPRUNE_CHECK(
-      is_known(q.scalar_type()), op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
+  DEPTHPRUNE_CHECK(is_known(q.scalar_type()), op, "q", "dtype bfloat16, float16 or float32", q.scalar_type());
   DEPTHPRUNE_CHECK(
       k.scalar_type() == q.scalar_type(), op, "k", c10::str("dtype ", q.scalar_type(), " (that of q)"),
       k.scalar_type());

@@ -39,7 +39,9 @@ template <typename Format>
 struct Store4 {
   using T = typename Format::storage;
   static DEPTHPRUNE_INLINE void store4(Floats totals, const T* bias, T* out) {
-    for (int i = 0; i < 4; ++i) out[i] = Format::narrow(bias == nullptr ? totals[i] : totals[i] + Format::widen(bias[i]));
+    for (int i = 0; i < 4; ++i) {
+      out[i] = Format::narrow(bias == nullptr ? totals[i] : totals[i] + Format::widen(bias[i]));
+    }
   }
 };
 

@@ -92,7 +92,8 @@ void set_input(Linear& linear, const LinearKernel& kernel, const at::Tensor& x, 
 }
 
 void few_tokens(
-    const LinearKernel& kernel, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out) {
+    const LinearKernel& kernel, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+    at::Tensor& out) {
   Linear job{};
   job.weight = weight.const_data_ptr();
   job.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
@@ -113,17 +114,19 @@ void few_tokens(
 }  // namespace
 
 std::optional<at::Tensor> many_tokens(
-    const at::Tensor& x,                     // [T, K]
-    const at::Tensor& weight,                // [N, K], gated [2F, K]
-    const std::optional<at::Tensor>& bias,   // [N], gated [2F]
-    bool gated) {                            // -> [T, N], gated [T, F]
+    const at::Tensor& x,                    // [T, K]
+    const at::Tensor& weight,               // [N, K], gated [2F, K]
+    const std::optional<at::Tensor>& bias,  // [N], gated [2F]
+    bool gated) {                           // -> [T, N], gated [T, F]
   if (x.size(0) <= kMostStepTokens || x.scalar_type() != at::kBFloat16 || !has_gemm()) return std::nullopt;
   at::Tensor out = at::empty({x.size(0), weight.size(0) / (gated ? 2 : 1)}, x.options());
   if (out.numel() == 0) return out;
   const at::Tensor inputs = with_row_strides(x);
   const at::Tensor weights = with_row_strides(weight);
   const at::Tensor offsets = bias ? bias->contiguous() : at::Tensor();
-  run_gemm(gemm_job(inputs, offsets, out, gated), GemmRows{static_cast<const uint16_t*>(weights.const_data_ptr()), weights.stride(0)});
+  run_gemm(
+      gemm_job(inputs, offsets, out, gated),
+      GemmRows{static_cast<const uint16_t*>(weights.const_data_ptr()), weights.stride(0)});
   return out;
 }
 

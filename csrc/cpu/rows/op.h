@@ -8,8 +8,7 @@
 namespace depthprune {
 
 // ValueError unless x [T, K], weight [N, K] and bias [N] fit together.
-void check_linear(
-    const char* op, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 

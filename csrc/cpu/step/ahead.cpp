@@ -18,9 +18,14 @@ int64_t decode_ahead(DecodeStep& step, const AheadInputs& inputs, int threads, i
   std::vector<int64_t> ids(inputs.ids, inputs.ids + tokens);
   std::vector<int64_t> positions(inputs.positions, inputs.positions + tokens);
   std::vector<int64_t> slots(tokens), context_lens(tokens);
-  const StepInputs now{
-      tokens,       ids.data(),         positions.data(),    slots.data(), inputs.block_tables,
-      inputs.table_width, context_lens.data(), inputs.cos_sin};
+  const StepInputs now{tokens,
+                       ids.data(),
+                       positions.data(),
+                       slots.data(),
+                       inputs.block_tables,
+                       inputs.table_width,
+                       context_lens.data(),
+                       inputs.cos_sin};
   for (int64_t i = 0; i < inputs.steps; ++i) {
     for (int64_t t = 0; t < tokens; ++t) {
       context_lens[t] = positions[t] + 1;

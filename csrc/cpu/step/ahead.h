@@ -9,17 +9,17 @@
 namespace depthprune {
 
 struct AheadInputs {
-  int64_t tokens;               // T requests
-  const int64_t* ids;           // [T]
-  const int64_t* positions;     // [T]
-  const int64_t* block_tables;  // [T, M], with room for all steps
-  int64_t table_width;          // M
-  int64_t kv_block_size;        // 0: no attention
+  int64_t tokens;                     // T requests
+  const int64_t* ids;                 // [T]
+  const int64_t* positions;           // [T]
+  const int64_t* block_tables;        // [T, M], with room for all steps
+  int64_t table_width;                // M
+  int64_t kv_block_size;              // 0: no attention
   std::vector<const float*> cos_sin;  // as in StepInputs
-  const int64_t* stop_ids;      // [T, E], padded with -1
-  int64_t stop_width;           // E
-  int64_t steps;                // most steps
-  double seconds;               // no step begins later than this after the first
+  const int64_t* stop_ids;            // [T, E], padded with -1
+  int64_t stop_width;                 // E
+  int64_t steps;                      // most steps
+  double seconds;                     // no step begins later than this after the first
 };
 
 // found: [steps, T], the next tokens, -1 for logits that are not finite. Returns the steps that were made, at least

@@ -181,8 +181,8 @@ class Builder {
     codes.scales = static_cast<const uint16_t*>(
         part(name, linear.weight.at(1), at::kBFloat16, {panels, codes.groups, kPanelRows}));
     if (linear.weight.size() > 2) {
-      codes.zeros = static_cast<const uint8_t*>(
-          part(name, linear.weight.at(2), at::kByte, {panels, codes.groups, kPanelRows}));
+      codes.zeros =
+          static_cast<const uint8_t*>(part(name, linear.weight.at(2), at::kByte, {panels, codes.groups, kPanelRows}));
     }
     return found;
   }
@@ -286,7 +286,8 @@ class Step {
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t position = inputs.positions[t];
       DEPTHPRUNE_CHECK(
-          position >= 0 && position < kMostSize, kOp, "positions", c10::str("values from 0 to ", kMostSize - 1), position);
+          position >= 0 && position < kMostSize, kOp, "positions", c10::str("values from 0 to ", kMostSize - 1),
+          position);
       contexts[t] = position + steps;
     }
     for (const auto& layer : weights.layers) {
@@ -299,9 +300,8 @@ class Step {
         check_contexts(*attention, inputs.block_tables, inputs.table_width, contexts.data(), tokens);
       }
       DEPTHPRUNE_CHECK(
-          attention->kv_block_size == inputs.kv_block_size && attention->num_kv_blocks == num_kv_blocks, kOp,
-          "k_cache", "kv_blocks of one size and number",
-          c10::str(attention->num_kv_blocks, " of ", attention->kv_block_size));
+          attention->kv_block_size == inputs.kv_block_size && attention->num_kv_blocks == num_kv_blocks, kOp, "k_cache",
+          "kv_blocks of one size and number", c10::str(attention->num_kv_blocks, " of ", attention->kv_block_size));
     }
     at::Tensor found = at::empty({steps, tokens}, at::TensorOptions().dtype(at::kLong));
     const int64_t made = decode_ahead(step_, inputs, at::get_num_threads(), found.mutable_data_ptr<int64_t>());

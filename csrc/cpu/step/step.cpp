@@ -46,10 +46,10 @@ const char* at(const void* base, int64_t bytes) { return static_cast<const char*
 
 // Sizes in bytes of what one token needs between the phases.
 struct Widths {
-  int64_t hidden = 0;   // C
-  int64_t wide = 0;     // of QKV or gate|up
-  int64_t inner = 0;    // of the heads' outputs or the activations
-  int64_t packed = 0;   // of any projection's input
+  int64_t hidden = 0;  // C
+  int64_t wide = 0;    // of QKV or gate|up
+  int64_t inner = 0;   // of the heads' outputs or the activations
+  int64_t packed = 0;  // of any projection's input
 };
 
 constexpr int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -201,7 +201,9 @@ class StepWorker {
     const int64_t packed = projection.packed_token(state_.kernels);
     if (packed == 0) return x;
     char* to = state_.packed + (alone() ? index_ * state_.widths.packed : 0);
-    pack(projection, x, projection.in_features * size_of(projection.dtype), to, alone() ? Range{0, 1} : part(tokens(), 1));
+    pack(
+        projection, x, projection.in_features * size_of(projection.dtype), to,
+        alone() ? Range{0, 1} : part(tokens(), 1));
     if (!alone()) wait();
     return to;
   }
@@ -278,7 +280,9 @@ class StepWorker {
     }
     const Rotation rotation{
         {{q, 0, layer.head_dim, group}, {k, 0, layer.head_dim, 1}},
-        state_.inputs.cos_sin[layer.rotary], state_.inputs.positions + token, layer.head_dim / 2,
+        state_.inputs.cos_sin[layer.rotary],
+        state_.inputs.positions + token,
+        layer.head_dim / 2,
         state_.weights.dtype};
     rotate(rotation, 0, 1);
     const int64_t slot = state_.inputs.slots[token];
@@ -354,9 +358,8 @@ void DecodeStep::run(const StepInputs& inputs, void* logits, int threads) {
   const Widths widths = widths_of(weights_, kernels);
   const int64_t tokens = inputs.tokens;
   const int64_t copies = std::max<int64_t>(tokens, threads);
-  const int64_t sizes[] = {
-      tokens * widths.hidden, tokens * widths.wide,   tokens * widths.inner,
-      tokens * widths.hidden, copies * widths.hidden, copies * widths.packed};
+  const int64_t sizes[] = {tokens * widths.hidden, tokens * widths.wide,   tokens * widths.inner,
+                           tokens * widths.hidden, copies * widths.hidden, copies * widths.packed};
   int64_t total = 64;
   for (const int64_t size : sizes) total += round_up(size);
   if (static_cast<int64_t>(memory_.size()) < total) memory_.resize(total);
@@ -366,9 +369,9 @@ void DecodeStep::run(const StepInputs& inputs, void* logits, int threads) {
     places[i] = free;
     free += round_up(sizes[i]);
   }
-  StepState state{
-      weights_,  inputs,    logits,    kernels,   widths,    plans_of(weights_, inputs), places[0],
-      places[1], places[2], places[3], places[4], places[5], {}, {}, {}};
+  StepState state{weights_,  inputs,    logits,    kernels,   widths,    plans_of(weights_, inputs),
+                  places[0], places[1], places[2], places[3], places[4], places[5],
+                  {},        {},        {}};
   int64_t partials = 0;
   for (const auto& [key, plan] : state.plans) partials = std::max(partials, plan.partial_size);
   state.partials.resize(partials);

@@ -14,9 +14,9 @@
 namespace depthprune {
 
 struct AttentionLayer {
-  const void* norm;  // [C]
-  Projection qkv;    // [(H + 2K) D, C]
-  Projection o;      // [C, H D]
+  const void* norm;    // [C]
+  Projection qkv;      // [(H + 2K) D, C]
+  Projection o;        // [C, H D]
   const void* q_norm;  // [H, D], or null
   const void* k_norm;  // [K, D], or null
   int64_t num_heads;
@@ -49,14 +49,14 @@ struct DecoderWeights {
 
 // T requests with one new token each.
 struct StepInputs {
-  int64_t tokens;                       // T
-  const int64_t* ids;                   // [T]
-  const int64_t* positions;             // [T]
-  const int64_t* slots;                 // [T]: where in the KV cache the token goes
-  const int64_t* block_tables;          // [T, M]
-  int64_t table_width;                  // M
-  const int64_t* context_lens;          // [T], the new token included
-  std::vector<const float*> cos_sin;    // [S, 2, D/2] each
+  int64_t tokens;                     // T
+  const int64_t* ids;                 // [T]
+  const int64_t* positions;           // [T]
+  const int64_t* slots;               // [T]: where in the KV cache the token goes
+  const int64_t* block_tables;        // [T, M]
+  int64_t table_width;                // M
+  const int64_t* context_lens;        // [T], the new token included
+  std::vector<const float*> cos_sin;  // [S, 2, D/2] each
 };
 
 class DecodeStep {
