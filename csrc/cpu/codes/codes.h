@@ -1,5 +1,5 @@
-// What op.cpp (arguments, threads) and the kernels of each instruction level (<level>.cpp) agree on. Layout of the codes:
-// depthprune_runtime/quantized.py. Inputs are rounded to 8 bits in runs of kRun by a scale of their own.
+// What op.cpp (arguments, threads) and the kernels of each instruction level (<level>.cpp) agree on. Layout of the
+// codes: depthprune_runtime/quantized.py. Inputs are rounded to 8 bits in runs of kRun by a scale of their own.
 #pragma once
 
 #include <cstdint>

@@ -82,7 +82,8 @@ struct Plain {
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, to nearest even
 
-// One run: codes, scale and minus the sum of codes times `zero`. Inputs that are not finite make the scale NaN, and so the outputs.
+// One run: codes, scale and minus the sum of codes times `zero`. Inputs that are not finite make the scale NaN, and so
+// the outputs.
 template <typename X>
 DEPTHPRUNE_INLINE void pack_run(
     const typename X::storage* x, int8_t* codes, float* scale, int32_t* minus, int32_t zero) {

@@ -62,8 +62,8 @@ QuantizedWeight weight_of(
   return weight;
 }
 
-// Activations of panels [begin, end) of gates: out [T, F] = silu(x . gates) * (x . ups). Gates and ups of many tokens are
-// wider than any cache of a core, so they are joined a few panels and tokens at a time.
+// Activations of panels [begin, end) of gates: out [T, F] = silu(x . gates) * (x . ups). Gates and ups of many tokens
+// are wider than any cache of a core, so they are joined a few panels and tokens at a time.
 void gated_panels(const QuantizedLinear& job, int64_t begin, int64_t end) {
   const QuantizedPanels panels = quantized_panels();
   const int64_t half = job.weight.panels() / 2;

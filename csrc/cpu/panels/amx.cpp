@@ -1,4 +1,5 @@
-// gemm in AMX tiles: 32 tokens x 32 outputs, four tiles of sums (gated: 16 gates and their ups). Subnormals count as zero.
+// gemm in AMX tiles: 32 tokens x 32 outputs, four tiles of sums (gated: 16 gates and their ups). Subnormals count as
+// zero.
 #include "cpu/panels/panels.h"
 #include "cpu/simd/level.h"
 

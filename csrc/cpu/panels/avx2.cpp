@@ -1,6 +1,6 @@
 // gemm with AVX2 and FMA: weights are widened to float32 in registers, inputs beforehand. torch has no blocked bfloat16
-// product for processors without AVX-512: at 512 tokens it takes 5.6 to 6.8 times as long (two threads of a Zen 3, rows in
-// benchmarks/results/linear_cpu.csv).
+// product for processors without AVX-512: at 512 tokens it takes 5.6 to 6.8 times as long (two threads of a Zen 3, rows
+// in benchmarks/results/linear_cpu.csv).
 //
 // A panel of 16 outputs meets 6 tokens at a time: 12 registers of sums, 2 of weights, 1 of inputs and the mask.
 #include "cpu/panels/panels.h"

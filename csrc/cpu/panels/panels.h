@@ -2,10 +2,10 @@
 //   out_tn = sum_k x_tk w_nk (+ bias_n),  or gated  out_tf = silu(x_t . g_f (+ b_f)) * (x_t . u_f (+ b_(F + f)))
 // in float32, rounded once. What its callers (arguments, threads) and the kernels (<level>.cpp) agree on.
 //
-// A panel holds 16 weight rows, pairs of K over the rows: [K' / 2, 16, 2], K' = K rounded up to 32, zeros behind the ends.
-// A register of it meets one pair of a token: sums need no reduction, and a panel is one stretch of memory. A sum takes its
-// products in the order of K (AVX-512 without BF16: even and odd ones apart), so a token's result depends on neither the
-// other tokens nor the threads.
+// A panel holds 16 weight rows, pairs of K over the rows: [K' / 2, 16, 2], K' = K rounded up to 32, zeros behind the
+// ends. A register of it meets one pair of a token: sums need no reduction, and a panel is one stretch of memory. A sum
+// takes its products in the order of K (AVX-512 without BF16: even and odd ones apart), so a token's result depends on
+// neither the other tokens nor the threads.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // Matrix product:
 //   out_tn = sum_k x_tk w_nk (+ bias_n)
-// in float32, rounded once. With few tokens reading the weights once decides the time: a thread reads one contiguous band
-// of weight rows, four rows at a time against all tokens (loops.inc). Many are the work of panels/, or of torch.
+// in float32, rounded once. With few tokens reading the weights once decides the time: a thread reads one contiguous
+// band of weight rows, four rows at a time against all tokens (loops.inc). Many are the work of panels/, or of torch.
 // Contract: depthprune_runtime/ops/linear.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -27,15 +27,16 @@ namespace {
 // Products that are worth a second thread: about 10 us of one core.
 constexpr int64_t kGrain = 1 << 17;
 
-// Most tokens for our kernels, by Dtype; at::linear takes more, but see in_runs. Time of at::linear over ours at SmolLM2's
-// shapes (2 threads of a Zen 4 with AVX-512 BF16; rows in benchmarks/results/linear_cpu.csv): bfloat16 2.0-3.6 at 1 token,
-// 0.9-1.2 at 64; float32 1.9-2.3 and 1.2-1.7; float16 1.0-1.1 and 4.7-5.5. Where ours is the slower one it stays, as a
-// token's result must not change with the number of tokens. The generic kernels keep up at a few tokens only.
+// Most tokens for our kernels, by Dtype; at::linear takes more, but see in_runs. Time of at::linear over ours at
+// SmolLM2's shapes (2 threads of a Zen 4 with AVX-512 BF16; rows in benchmarks/results/linear_cpu.csv): bfloat16
+// 2.0-3.6 at 1 token, 0.9-1.2 at 64; float32 1.9-2.3 and 1.2-1.7; float16 1.0-1.1 and 4.7-5.5. Where ours is the slower
+// one it stays, as a token's result must not change with the number of tokens. The generic kernels keep up at a few
+// tokens only.
 constexpr int64_t kMostTokens[3] = {64, 256, 64};
 constexpr int64_t kMostTokensGeneric = 4;
 
-// Many float16 tokens, for which torch takes 4.5 to 5.2 times as long at 512 (two threads of a Zen 3), go in runs that the
-// caches hold. (Where AMX is, torch may have float16 products: not measured.)
+// Many float16 tokens, for which torch takes 4.5 to 5.2 times as long at 512 (two threads of a Zen 3), go in runs that
+// the caches hold. (Where AMX is, torch may have float16 products: not measured.)
 bool in_runs(Dtype dtype) { return dtype == Dtype::float16 && level() >= Level::avx2 && level() < Level::amx; }
 
 }  // namespace

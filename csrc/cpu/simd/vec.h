@@ -178,8 +178,8 @@ struct Panel {
   DEPTHPRUNE_INLINE const float* row(int64_t d) const { return data + d * stride; }
 };
 
-// Asks for a row ahead of its use, into the second-level cache: a core has too few first-level misses to wait for memory
-// with.
+// Asks for a row ahead of its use, into the second-level cache: a core has too few first-level misses to wait for
+// memory with.
 template <typename T>
 DEPTHPRUNE_INLINE void prefetch_row(const T* row, int64_t size) {
   constexpr int64_t kLine = 64 / sizeof(T);

@@ -1,4 +1,5 @@
-// A projection whose weight is dense, in rows or in panels, or quantised, for code that splits its rows over threads by itself.
+// A projection whose weight is dense, in rows or in panels, or quantised, for code that splits its rows over threads by
+// itself.
 #pragma once
 
 #include <cstdint>
