@@ -186,3 +186,39 @@ def test_importing_prints_nothing_and_starts_no_gpu():
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES if p.name != "__init__.py"]
     code = f"import importlib, torch\nfor m in {modules!r}: importlib.import_module(m)\n"
     assert run(code + "print(torch.cuda.is_initialized())").strip() == "False"
+
+
+SUBLAYER_NUMBERS = {"i", "index", "sublayer", "best", "first", "block", "b"}  # what code calls them
+
+
+def halved_or_doubled(path: Path) -> list[int]:
+    """Lines of `path` that take a sub-layer's or a block's number times two, half of it or modulo two."""
+
+    def is_number(node: ast.expr) -> bool:
+        if isinstance(node, ast.Subscript):
+            return isinstance(node.value, ast.Attribute) and node.value.attr in ("blocks", "sources")
+        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        return name in SUBLAYER_NUMBERS
+
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod | ast.FloorDiv | ast.Mult):
+            pairs = [(node.left, node.right)]
+            if isinstance(node.op, ast.Mult):
+                pairs.append((node.right, node.left))
+            found += [node.lineno for a, b in pairs if isinstance(b, ast.Constant) and b.value == 2 and is_number(a)]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("folder", ["depthprune_runtime", "benchmarks"])
+def test_only_the_spec_knows_where_a_block_lies(folder):
+    """Attention is not at even numbers once a sub-layer is dropped: `DecoderSpec.whole_blocks` tells."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        assert not halved_or_doubled(path), path
+
+
+def test_parity_is_found(tmp_path):
+    path = tmp_path / "code.py"
+    lines = ["i % 2", "2 * block + half", "edit.blocks[0] * 2", "step.sublayer // 2", "head_dim // 2", "2 * width"]
+    path.write_text("\n".join(lines))
+    assert halved_or_doubled(path) == [1, 2, 3, 4]
