@@ -266,3 +266,39 @@ def test_instruction_levels_have_one_set_of_names():
     for path in SOURCES:
         if re.search("avx|amx|vnni|sse|neon|generic", path.stem):
             assert path.stem.endswith(LEVELS) and (path.stem in LEVELS or folder(path) == "cpu/pointwise"), path
+
+
+SUBLAYER_NUMBERS = {"i", "index", "sublayer", "best", "first", "block", "b"}  # what code calls them
+
+
+def halved_or_doubled(path: Path) -> list[int]:
+    """Lines of `path` that take a sub-layer's or a block's number times two, half of it or modulo two."""
+
+    def is_number(node: ast.expr) -> bool:
+        if isinstance(node, ast.Subscript):
+            return isinstance(node.value, ast.Attribute) and node.value.attr in ("blocks", "sources")
+        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        return name in SUBLAYER_NUMBERS
+
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod | ast.FloorDiv | ast.Mult):
+            pairs = [(node.left, node.right)]
+            if isinstance(node.op, ast.Mult):
+                pairs.append((node.right, node.left))
+            found += [node.lineno for a, b in pairs if isinstance(b, ast.Constant) and b.value == 2 and is_number(a)]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("folder", ["depthprune_runtime", "benchmarks"])
+def test_only_the_spec_knows_where_a_block_lies(folder):
+    """Attention is not at even numbers once a sub-layer is dropped: `DecoderSpec.whole_blocks` tells."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        assert not halved_or_doubled(path), path
+
+
+def test_parity_is_found(tmp_path):
+    path = tmp_path / "code.py"
+    lines = ["i % 2", "2 * block + half", "edit.blocks[0] * 2", "step.sublayer // 2", "head_dim // 2", "2 * width"]
+    path.write_text("\n".join(lines))
+    assert halved_or_doubled(path) == [1, 2, 3, 4]
