@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CSRC := $(foreach depth,* */* */*/*,$(foreach end,cpp h inc cu cuh,$(wildcard csrc/$(depth).$(end))))
+SOURCES := setup.py pyproject.toml $(CSRC)
 
 .PHONY: demo test lint sanitize fuzz docs weights bench peers bench-cpu report gpu gpu-with clean
 demo: $(VENV)/installed $(WEIGHTS)
@@ -15,6 +16,7 @@ test: lint $(WEIGHTS)
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/native/*.h tests/native/*.cpp)
 	$(BIN)/mypy
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the extension's tests, ThreadSanitizer over the decode step.

@@ -220,16 +220,17 @@ def _decide(
 def kept_units(parent: DecoderSpec, plan: PrunePlan, keep_width: float) -> dict[int, int]:
     """Units that each merged sub-layer keeps, by its first source."""
     units = {}
+    blocks = block_pairs(parent)
     for edit in plan.flattened():
-        for half in (0, 1):
-            spec = parent.sublayers[2 * edit.blocks[0] + half]
+        for index in blocks[edit.blocks[0]]:
+            spec = parent.sublayers[index]
             own = spec.num_kv_heads if isinstance(spec, AttentionSpec) else spec.intermediate_size
             wide = own * len(edit.blocks)
             kept = own + round(keep_width * (wide - own))
             if not isinstance(spec, AttentionSpec) and own % 256 == 0:
                 kept = min(wide, 256 * math.ceil(kept / 256))  # kernels and exports like whole tiles
             if kept < wide:
-                units[2 * edit.blocks[0] + half] = kept
+                units[index] = kept
     return units
 
 
