@@ -157,3 +157,17 @@ def test_files_that_are_named_exist(document: Path) -> None:
             "tests/helpers",
         )
         assert any((ROOT / place / path).exists() for place in places), path
+
+
+STEPS = sorted(DOCS.glob("add-*.md"))
+
+
+@pytest.mark.parametrize("page", STEPS, ids=lambda d: d.name)
+def test_steps_name_what_the_code_has(page: Path) -> None:
+    folders = ("depthprune_runtime", "kernels", "csrc", "tests", "benchmarks")
+    files = [f for folder in folders for kind in ("*.py", "*.h", "*.cpp") for f in (ROOT / folder).rglob(kind)]
+    code = "\n".join(f.read_text(encoding="utf-8") for f in files if f.name != "test_docs.py")
+    names = set(re.findall(r"`([A-Za-z_]\w*)[`(]", page.read_text(encoding="utf-8"))) - {"NAME", "define"}
+    assert names
+    for name in names:
+        assert re.search(rf"\b{name}\b", code), name
