@@ -59,7 +59,7 @@ def plain_loop(decoder: Decoder, windows: torch.Tensor, count: int) -> tuple[lis
     with Progress(True).stage("plain loop", count) as advance:
         for _ in range(count):
             scores = {}
-            for i in candidates(total, gone, FRONT_PROTECTION):
+            for i in candidates(decoder.spec, gone, FRONT_PROTECTION):
                 scores[i] = distance(final([*gone, i]))
                 evaluations += total - len(gone) - 1
             gone.append(min(scores, key=lambda i: (scores[i], i)))

@@ -59,6 +59,7 @@ def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
     from depthprune_runtime.pruning.calibrator import Calibrator
     from depthprune_runtime.pruning.options import REPAIR_WINDOWS, FlattenGPTOptions
     from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
+    from depthprune_runtime.spec import AttentionSpec
 
     chosen, cpu = FlattenGPTOptions(**options), torch.device("cpu")
     parent = open_checkpoint(task["dense"])
@@ -67,7 +68,9 @@ def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
         data = calibrator.windows(64, 512)
         plan = pipeline.plan_flattengpt(parent, task["blocks"], data, cpu, chosen)
         units = pipeline.kept_units(parent.spec, plan, 0.0)
-        attention = {first: keep for first, keep in units.items() if first % 2 == 0}
+        attention = {
+            first: keep for first, keep in units.items() if isinstance(parent.spec.sublayers[first], AttentionSpec)
+        }
         rebuild = Rebuild(parent, plan, Narrowing(attention, chosen), None, cpu)
         pruned, plan = rebuild.run(rebuild.walk(calibrator.windows(*REPAIR_WINDOWS).windows))
     write_native(Path(task["output"]), pruned, overwrite=True)

@@ -42,7 +42,8 @@ def shortened(spec: DecoderSpec, blocks: int = 0, attentions: int = 0, ffns: int
 
     Which of equal sub-layers go changes no size; merged blocks that are narrowed back have this shape, too.
     """
-    kept = list(spec.sublayers[: len(spec.sublayers) - 2 * blocks])
+    pairs = spec.whole_blocks() or ()
+    kept = list(spec.sublayers[: pairs[-blocks][0] if blocks else None])
     for kind, number in (("attention", attentions), ("ffn", ffns)):
         gone = [i for i, s in enumerate(kept) if s.kind == kind][-number:] if number else []
         kept = [s for i, s in enumerate(kept) if i not in gone]

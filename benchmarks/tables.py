@@ -1,7 +1,7 @@
-"""Tables of README.md and benchmarks/README.md and their plot, made from the rows under benchmarks/results.
+"""Tables of README.md and docs/ and their plot, made from the rows under benchmarks/results.
 
-python benchmarks/tables.py           # rewrites the marked parts of both and results/quality.svg
-python benchmarks/tables.py --check   # says whether both agree with the rows; exit status 1 if not
+python benchmarks/tables.py           # rewrites the marked parts of all and results/quality.svg
+python benchmarks/tables.py --check   # says whether all agree with the rows; exit status 1 if not
 python benchmarks/tables.py --json    # the tables' rows
 """
 

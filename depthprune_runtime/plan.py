@@ -147,11 +147,16 @@ class PrunePlan:
             if isinstance(edit, Drop):
                 take(edit.sublayer, "drop")
             elif isinstance(edit, Flatten):
-                if parent.blocks() is None:
+                blocks = parent.whole_blocks()
+                if blocks is None:
                     raise InputError("plan: flatten needs a parent of whole blocks (attention, then FFN)")
+                if edit.blocks[-1] >= len(blocks):
+                    raise InputError(
+                        f"plan: flatten of block {edit.blocks[-1]}, but the parent has {len(blocks)} blocks"
+                    )
                 for block in edit.blocks:
-                    take(2 * block, "flatten")
-                    take(2 * block + 1, "flatten")
+                    for sublayer in blocks[block]:
+                        take(sublayer, "flatten")
             elif not edit.sublayer < count or narrowed.count(edit.sublayer) > 1:
                 raise InputError(f"plan: sub-layer {edit.sublayer} is narrowed twice, or not in the parent")
 

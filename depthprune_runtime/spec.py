@@ -272,22 +272,22 @@ class DecoderSpec:
         """KV cache bytes that one token of context takes; a dropped attention takes none."""
         return sum(2 * s.kv_size for s in self.attention_sublayers()) * element_size
 
-    def blocks(self) -> tuple[tuple[int, int], ...] | None:
-        """(attention, FFN) sub-layer indices block by block, or None if they do not alternate."""
-        kinds = [s.kind for s in self.sublayers]
-        if kinds != ["attention", "ffn"] * (len(kinds) // 2):
-            return None
-        return tuple((i, i + 1) for i in range(0, len(kinds), 2))
+    def whole_blocks(self) -> tuple[tuple[int, int], ...] | None:
+        """(attention, FFN) sub-layer indices block by block; None where a block has lost a sub-layer."""
+        pairs = tuple((i, i + 1) for i, s in enumerate(self.sublayers) if s.kind == "attention")
+        inside = [i for pair in pairs for i in pair]  # two attentions in a row are in it twice
+        return pairs if inside == list(range(len(self.sublayers))) else None
 
     def uniform(self) -> tuple[int, AttentionSpec, FFNSpec] | None:
         """(number of blocks, attention, FFN) if a stock Hugging Face config can express it, else None."""
-        if not self.sublayers or self.blocks() is None:
+        blocks = self.whole_blocks()
+        if not blocks:
             return None
         attention = {dataclasses.replace(s, origin=(0,)) for s in self.attention_sublayers()}
         ffn = {dataclasses.replace(s, origin=(0,)) for s in self.ffn_sublayers()}
         if len(attention) != 1 or len(ffn) != 1:
             return None
-        return len(self.sublayers) // 2, attention.pop(), ffn.pop()
+        return len(blocks), attention.pop(), ffn.pop()
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

@@ -47,7 +47,7 @@ def test_dropped_and_mixed_sublayers():
     dense = llama2_7b(4)
     no_attention = dataclasses.replace(dense, sublayers=dense.sublayers[:2] + dense.sublayers[3:])
     assert no_attention.uniform() is None
-    assert no_attention.blocks() is None
+    assert no_attention.whole_blocks() is None
     assert no_attention.kv_bytes_per_token(2) == 3 * 2 * 4096 * 2
     wide = dataclasses.replace(dense.sublayers[0], num_heads=64, num_kv_heads=64)
     mixed = dataclasses.replace(dense, sublayers=(wide, *dense.sublayers[1:]))
@@ -55,8 +55,10 @@ def test_dropped_and_mixed_sublayers():
     narrow = dataclasses.replace(dense.sublayers[3], intermediate_size=5504)
     unequal = dataclasses.replace(dense, sublayers=(*dense.sublayers[:3], narrow, *dense.sublayers[4:]))
     assert unequal.uniform() is None
-    assert unequal.blocks() == dense.blocks()
-    assert mixed.blocks() == dense.blocks()
+    assert unequal.whole_blocks() == dense.whole_blocks()
+    assert mixed.whole_blocks() == dense.whole_blocks() == ((0, 1), (2, 3), (4, 5), (6, 7))
+    for order in ((1, 0), (0, 0, 1, 1), (0,), (0, 1, 2), (1, 2, 3)):
+        assert dataclasses.replace(dense, sublayers=tuple(dense.sublayers[i] for i in order)).whole_blocks() is None
     assert dataclasses.replace(dense, sublayers=()).uniform() is None
 
 

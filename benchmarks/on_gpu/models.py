@@ -19,21 +19,23 @@ from torch import Tensor
 from depthprune_runtime.families import HF_NAMES
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.pruning.plan import PrunePlan
+from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.surgery import pruned_spec
 from depthprune_runtime.spec import DecoderSpec
 
 _ALIGNMENT = 128  # elements: where an allocation of its own would begin
 
 
-def _plans(name: str, blocks: int, pairs: int) -> Model:
+def _plans(name: str, pairs: int) -> Model:
     """A quarter of the blocks dropped; a quarter of the sub-layers, twice as much attention as FFNs, as FinerCut
     tends to; `pairs` merged, which narrowed are a fifth of all parameters. Late ones, as the methods choose; which of
     equal blocks go means nothing to speed."""
-    last = blocks - 2
-    drop = blocks // 4
-    attention = round(blocks / 2 * 2 / 3)
-    chosen = [2 * b for b in range(last - attention, last)]
-    chosen += [2 * b + 1 for b in range(last - (blocks // 2 - attention), last)]
+    blocks = block_pairs(SPECS[name])
+    last = len(blocks) - 2
+    drop, half = len(blocks) // 4, len(blocks) // 2
+    attention = round(len(blocks) / 3)
+    chosen = [index for index, _ in blocks[last - attention : last]]
+    chosen += [index for _, index in blocks[last - (half - attention) : last]]
     return Model(
         name,
         tokens=64,
@@ -50,11 +52,11 @@ SPECS = {name: PUBLIC[name] for name in ("llama-2-7b", "llama-2-13b", "llama-3-8
     "tiny": llama(8, 64, 4, 2, 96, 128, 10000.0, 4096),  # for a dry run
 }
 PLANS = {
-    "llama-2-7b": _plans("llama-2-7b", 32, 7),
-    "llama-2-13b": _plans("llama-2-13b", 40, 9),
-    "llama-3-8b": _plans("llama-3-8b", 32, 8),
-    "llama-2-70b/4": _plans("llama-2-70b/4", 20, 4),
-    "tiny": _plans("tiny", 8, 2),
+    "llama-2-7b": _plans("llama-2-7b", 7),
+    "llama-2-13b": _plans("llama-2-13b", 9),
+    "llama-3-8b": _plans("llama-3-8b", 8),
+    "llama-2-70b/4": _plans("llama-2-70b/4", 4),
+    "tiny": _plans("tiny", 2),
 }
 
 

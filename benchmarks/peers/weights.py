@@ -16,6 +16,7 @@ from depthprune_runtime import import_model
 from depthprune_runtime.checkpoint import Checkpoint, NativeCheckpoint, write_native
 from depthprune_runtime.families import GGUF_NAMES, HF_NAMES, source_names
 from depthprune_runtime.pruning.plan import Drop, Edit, Flatten, Narrow, PrunePlan
+from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
 
@@ -38,13 +39,14 @@ class Model:
         """Only the shapes matter to speed: which units stay when narrowing, does not."""
         merges: tuple[Edit, ...] = tuple(Flatten((b, b + 1)) for b in self.flattengpt)
         narrow: list[Edit] = []
+        blocks = block_pairs(spec)
         for block in self.flattengpt:
-            for index in (2 * block, 2 * block + 1):
+            for index in blocks[block]:
                 own = spec.sublayers[index]
                 units = own.num_kv_heads if isinstance(own, AttentionSpec) else own.intermediate_size
                 narrow.append(Narrow(index, tuple(range(units))))
         return {
-            "shortgpt 25%": tuple(Drop(2 * b + half) for b in self.shortgpt for half in (0, 1)),
+            "shortgpt 25%": tuple(Drop(i) for b in self.shortgpt for i in blocks[b]),
             "finercut 25%": tuple(Drop(i) for i in self.finercut),
             "flattengpt 20%": (*merges, *narrow),
             "flattengpt wide": merges,

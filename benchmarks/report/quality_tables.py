@@ -240,7 +240,7 @@ def plot(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = quality_rows()
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(7, 4))
     dense = next((r for r in rows if r["variant"] == "dense"), None)
     for index, variant in enumerate(MAIN[1:]):
         for repair, style in (("none", "--"), ("ridge", "-")):
@@ -253,6 +253,8 @@ def plot(path: Path) -> None:
                     style, marker="o", color=f"C{index}", label=f"{variant}, repair {repair}",
                 )  # fmt: skip
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0f}")  # not powers of ten
+    axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.invert_xaxis()
     axes.set_xlabel("parameters left (millions, embeddings included)")
     axes.set_ylabel("WikiText-2 test perplexity")

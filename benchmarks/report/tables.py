@@ -1,4 +1,4 @@
-"""Tables of README.md and benchmarks/README.md, made from the recorded rows.
+"""Tables of README.md and docs/, made from the recorded rows.
 
 A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`.
 """
@@ -12,7 +12,7 @@ from report import quality_tables, search_tables
 from report.claims import readme_table
 from report.rows import NOT_MEASURED, ROOT, Row, last, markdown, newest, read
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 def decode_table() -> str:
@@ -79,7 +79,7 @@ def _cpu_cell(row: Row | None) -> str:
 
 
 def speed_table() -> str:
-    """The README's choice of `cpu`: the best peer of every case and ours, with the ratio to it."""
+    """The short form of `cpu`: the best peer of every case and ours, with the ratio to it."""
     rows = last([r for r in read("cpu") if r["model"] == "smollm2-135m"], "precision", "runtime", "variant", "what")
     variants = dict.fromkeys(key[2] for key in rows if key[1] == "ours")
     lines = []
@@ -137,7 +137,39 @@ def quantization_table() -> str:
     return markdown(("", "weights", "perplexity", "over the same in bf16"), lines)
 
 
+# What the README compares: label, variant in `quantization`, blocks of `quality` fewer (where the same model stands).
+CHOICE = (
+    ("dense, bf16", "bf16", "0"),
+    ("dense, 8 bits", "int8", None),
+    ("dense, 4 bits", "int4", None),
+    ("3 of 30 blocks fewer, bf16", "shortgpt", "3"),
+    ("3 of 30 blocks fewer, 8 bits", "shortgpt, then int8", None),
+    ("3 of 30 blocks fewer, 4 bits", "shortgpt, then int4", None),
+)
+
+
+def choice_table() -> str:
+    """Bytes and perplexity of pruning, quantising and both; a dense bf16 file takes 2 bytes a parameter."""
+    quantized = {variant: row for (variant,), row in newest("quantization", "variant").items()}
+    quality = quality_tables.quality_rows()
+    repaired = (("dense", "none"), ("shortgpt", "ridge"))
+    kept = {str(r["blocks_fewer"]): r for r in quality if (r["variant"], r["repair"]) in repaired}
+    lines = []
+    for label, variant, blocks in CHOICE:
+        row, same = quantized.get(variant), kept.get(blocks or "")
+        if row is not None:
+            size, value = float(row["weight_mb"]), float(row["perplexity"])
+        elif same is not None:
+            size, value = 2e-6 * same["parameters"], same["perplexity"]
+        else:
+            lines.append([label, NOT_MEASURED, NOT_MEASURED])
+            continue
+        lines.append([label, f"{size:.0f} MB", f"{value:.2f}"])
+    return markdown(("SmolLM2-135M-Instruct", "weights", "perplexity"), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "choice": choice_table,
     "decode": decode_table,
     "speed": speed_table,
     "cpu": lambda: cpu_table("smollm2-135m"),

@@ -35,7 +35,7 @@ from depthprune_runtime.pruning.calibration import CalibrationSet
 from depthprune_runtime.pruning.candidates import CandidateScorer
 from depthprune_runtime.pruning.distances import check_distance
 from depthprune_runtime.pruning.lazy_scores import lazy_scores
-from depthprune_runtime.pruning.names import KINDS, Distance, Kind
+from depthprune_runtime.pruning.names import Distance, Kind
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.search_state import SearchKey, SearchState, Step, load_state
 from depthprune_runtime.pruning.shortgpt import block_pairs
@@ -79,11 +79,10 @@ def _best(scores: dict[int, float]) -> int:
     return best
 
 
-def _next_step(scorer: CandidateScorer, state: SearchState) -> Step:
+def _next_step(scorer: CandidateScorer, state: SearchState, spec: DecoderSpec) -> Step:
     """Decide one removal and carry it out in `scorer`."""
     gone = [s.sublayer for s in state.steps]
-    total = len(gone) + len(scorer.remaining)
-    allowed = candidates(total, gone, state.key.front_protection, state.key.only)
+    allowed = candidates(spec, gone, state.key.front_protection, state.key.only)
     before = scorer.evaluations
     base = state.steps[-1].distance if state.steps else scorer.dense_distance
     scores = scorer.score(allowed) if state.key.mode == "exact" else lazy_scores(scorer, state, allowed, base)
@@ -91,8 +90,9 @@ def _next_step(scorer: CandidateScorer, state: SearchState) -> Step:
     state.increments.pop(best, None)
     plain = len(allowed) * (len(scorer.remaining) - 1)
     scorer.remove(best)
-    kind = KINDS[best % 2]
-    return Step(len(gone) + 1, best, kind, best // 2, scores[best], scorer.evaluations - before, plain)
+    removed = spec.sublayers[best]
+    cost = scorer.evaluations - before
+    return Step(len(gone) + 1, best, removed.kind, removed.origin[0], scores[best], cost, plain)
 
 
 def _check_windows(windows: Tensor, spec: DecoderSpec) -> None:  # [N, S] int64
@@ -142,7 +142,7 @@ def search(
     tokens = hashlib.sha256(f"{list(windows.shape)}{windows.flatten().tolist()}".encode()).hexdigest()
     name = str(dtype).removeprefix("torch.")
     key = SearchKey(parent_digest, tokens, distance, float(front_protection), mode, name, only)
-    state = load_state(state_file, key, len(spec.sublayers))
+    state = load_state(state_file, key, spec)
 
     def taken() -> list[int]:
         return [s.sublayer for s in state.steps]
@@ -158,7 +158,7 @@ def search(
         for _ in state.steps:
             advance()
         while not goal.reached(spec, taken()):
-            state.steps.append(_next_step(scorer, state))
+            state.steps.append(_next_step(scorer, state, spec))
             if state_file is not None:
                 state.save(state_file)
             advance()

@@ -39,7 +39,8 @@ def input_similarity(
 
     advance: called once a block.
     """
-    blocks = len(block_pairs(checkpoint.spec))
+    begins = {attention: block for block, (attention, _) in enumerate(block_pairs(checkpoint.spec))}
+    blocks = len(begins)
     parts = windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
     shape = (blocks, parts[0].numel(), checkpoint.spec.hidden_size)
     directions = scratch_tensor(shape, torch.float32, torch.device("cpu"))
@@ -49,10 +50,10 @@ def input_similarity(
         tokens = part.numel()
         filled = 0
         for i, entering, _ in stream_hidden_states(checkpoint, part, device, dtype):
-            if i % 2:
+            if i not in begins:
                 continue
             flat = normalize(entering.flatten(0, 1).float(), dim=-1).cpu()
-            directions[i // 2, filled : filled + len(flat)] = flat
+            directions[begins[i], filled : filled + len(flat)] = flat
             filled = (filled + len(flat)) % tokens
             if filled == 0:
                 done += 1

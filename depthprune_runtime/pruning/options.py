@@ -61,6 +61,7 @@ def _flags(options: object, *names: str) -> None:
 
 
 def _count(name: str, value: object) -> None:
+    """None leaves the number to the purpose."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InputError(f"{name}: expected an integer from 1 on, got {value!r}")
 

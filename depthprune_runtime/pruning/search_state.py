@@ -19,7 +19,8 @@ from depthprune_runtime.checkpoint.outputs import check_destination
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.fields import checked, from_fields
 from depthprune_runtime.plan import Step
-from depthprune_runtime.pruning.names import KINDS, Kind
+from depthprune_runtime.pruning.names import Kind
+from depthprune_runtime.spec import DecoderSpec
 
 __all__ = ["SearchKey", "SearchState", "Step", "load_state"]
 
@@ -79,12 +80,14 @@ def _checksum(data: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _check_steps(steps: tuple[Step, ...], sublayers: int) -> None:
-    """Refuse a ranking that no search over `sublayers` sub-layers (attention, FFN, ...) writes."""
+def _check_steps(steps: tuple[Step, ...], spec: DecoderSpec) -> None:
+    """Refuse a ranking that no search over `spec` writes."""
+    count = len(spec.sublayers)
     for place, step in enumerate(steps, 1):
-        if step.step != place or not step.sublayer < sublayers:
-            raise InputError(f"step {place}: expected one of {sublayers} sub-layers in order, got {asdict(step)}")
-        if (KINDS.index(step.kind), step.block) != (step.sublayer % 2, step.sublayer // 2):
+        if step.step != place or not step.sublayer < count:
+            raise InputError(f"step {place}: expected one of {count} sub-layers in order, got {asdict(step)}")
+        removed = spec.sublayers[step.sublayer]
+        if (step.kind, step.block) != (removed.kind, removed.origin[0]):
             raise InputError(f"step {place}: sub-layer {step.sublayer} is not the {step.kind} of block {step.block}")
     if len({step.sublayer for step in steps}) != len(steps):
         raise InputError("steps: a sub-layer is removed twice")
@@ -97,10 +100,10 @@ def _increments(stored: dict[str, float], sublayers: int) -> dict[int, float]:
     return {known[i]: value for i, value in stored.items()}
 
 
-def load_state(path: Path | None, key: SearchKey, sublayers: int) -> SearchState:
+def load_state(path: Path | None, key: SearchKey, spec: DecoderSpec) -> SearchState:
     """The state at `path`, or a new one where there is none.
 
-    sublayers: of the dense model. Raises InputError for a damaged file, and for the state of another search.
+    spec: of the dense model. Raises InputError for a damaged file, and for the state of another search.
     """
     if path is None:
         return SearchState(key)
@@ -123,8 +126,8 @@ def load_state(path: Path | None, key: SearchKey, sublayers: int) -> SearchState
         content = {name: value for name, value in data.items() if name != "checksum"}
         if stored.checksum != _checksum(content):
             raise InputError("its checksum is not that of its content")
-        _check_steps(stored.steps, sublayers)
-        increments = _increments(stored.increments, sublayers)
+        _check_steps(stored.steps, spec)
+        increments = _increments(stored.increments, len(spec.sublayers))
     except InputError as error:
         raise InputError(f"{name}: damaged or of another kind ({error}); {_HINT}") from error
     return SearchState(found, list(stored.steps), increments)

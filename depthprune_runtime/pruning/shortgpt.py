@@ -38,7 +38,7 @@ class BlockScores:
 
 def block_pairs(spec: DecoderSpec) -> tuple[tuple[int, int], ...]:
     """(attention, FFN) indices of each block; only a model of whole blocks can lose whole blocks."""
-    blocks = spec.blocks()
+    blocks = spec.whole_blocks()
     if blocks is None:
         raise InputError("model: expected whole blocks (attention, then FFN); this one has lost single sub-layers")
     return blocks
@@ -60,13 +60,15 @@ def score_blocks(
     influence = torch.zeros(len(blocks), dtype=torch.float64)
     magnitude = torch.zeros(len(blocks), dtype=torch.float64)
     entering: list[Tensor] = []
+    begins = {attention for attention, _ in blocks}
+    ends = {ffn: block for block, (_, ffn) in enumerate(blocks)}
     for i, before, after in stream_hidden_states(checkpoint, windows, device, dtype):
-        if i % 2 == 0:  # attention: remember what entered the block, in batch order
+        if i in begins:  # remember what entered the block, in batch order
             entering.append(before)
             continue
         bi, rm = token_scores(entering.pop(0), after)
-        influence[i // 2] += bi.double().sum().cpu()
-        magnitude[i // 2] += rm.double().sum().cpu()
+        influence[ends[i]] += bi.double().sum().cpu()
+        magnitude[ends[i]] += rm.double().sum().cpu()
         if not entering:
             progress()
     tokens = windows.numel()

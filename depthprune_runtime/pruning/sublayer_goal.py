@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.pruning.names import KINDS, Kind
+from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.spec import DecoderSpec
 
 
@@ -62,9 +63,9 @@ def check_choice(front_protection: float, only: Kind | None) -> None:
         raise InputError(f"only: expected one of {', '.join(KINDS)}, got {only!r}")
 
 
-def _of_kind(total: int, only: Kind | None) -> range:
-    """Sub-layers of a model of whole blocks: attention has even numbers, the FFN odd ones; None: both kinds."""
-    return range(total) if only is None else range(KINDS.index(only), total, 2)
+def _of_kind(spec: DecoderSpec, only: Kind | None) -> list[int]:
+    """Sub-layers of the kind `only`; None: of both."""
+    return [i for i, sublayer in enumerate(spec.sublayers) if only in (None, sublayer.kind)]
 
 
 def _gone_before_the_front(total: int, front_protection: float) -> int:
@@ -72,16 +73,19 @@ def _gone_before_the_front(total: int, front_protection: float) -> int:
     return int(front_protection * total) + 1
 
 
-def candidates(total: int, gone: list[int], front_protection: float, only: Kind | None = None) -> list[int]:
-    """Sub-layers of `total` that may go next, `gone` being gone already; empty where none may.
+def candidates(spec: DecoderSpec, gone: list[int], front_protection: float, only: Kind | None = None) -> list[int]:
+    """Sub-layers of a dense model that may go next, `gone` being gone already; empty where none may.
 
     only: the one kind of sub-layers that may go at all; the front is protected as if both could.
     """
+    total = len(spec.sublayers)
     if len(gone) >= total - 1:
         return []  # one stays
-    protected_blocks = int(total * front_protection / 2) + 1
-    first = 0 if len(gone) >= _gone_before_the_front(total, front_protection) else 2 * protected_blocks
-    return [i for i in _of_kind(total, only) if i >= first and i not in gone]
+    closed = set(gone)
+    if len(gone) < _gone_before_the_front(total, front_protection):
+        blocks = block_pairs(spec)
+        closed.update(i for pair in blocks[: int(len(blocks) * front_protection) + 1] for i in pair)
+    return [i for i in _of_kind(spec, only) if i not in closed]
 
 
 def removable_sublayers(spec: DecoderSpec, front_protection: float, only: Kind | None = None) -> list[int]:
@@ -92,8 +96,8 @@ def removable_sublayers(spec: DecoderSpec, front_protection: float, only: Kind |
     """
     check_choice(front_protection, only)
     total = len(spec.sublayers)
-    free = candidates(total, [], front_protection, only)
-    every = list(_of_kind(total, only))
+    free = candidates(spec, [], front_protection, only)
+    every = _of_kind(spec, only)
     if len(free) < min(len(every), _gone_before_the_front(total, front_protection)):
         return free
     return every if len(every) < total else sorted(every, key=spec.sublayer_parameters)[:-1]

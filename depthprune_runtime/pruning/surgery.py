@@ -37,16 +37,16 @@ def layout(parent: DecoderSpec, plan: PrunePlan) -> tuple[Piece, ...]:
     """The student's sub-layers in order, in the parent's numbering."""
     plan.check(parent)
     dropped, narrowed = plan.dropped(), plan.narrowed()
-    groups = {e.blocks[0]: e.blocks for e in plan.flattened()}
-    inside = {2 * b + half for blocks in groups.values() for b in blocks for half in (0, 1)}
+    blocks = parent.whole_blocks() or ()
+    merged: dict[int, list[tuple[int, ...]]] = {}  # first sub-layer of a flatten -> attentions, FFNs
+    for edit in plan.flattened():
+        attentions, ffns = zip(*(blocks[b] for b in edit.blocks), strict=True)
+        merged[attentions[0]] = [attentions, ffns]
+    gone = dropped | {i for halves in merged.values() for sources in halves for i in sources}
     pieces: list[Piece] = []
     for i in range(len(parent.sublayers)):
-        if i in inside:
-            blocks = groups.get(i // 2)
-            if blocks is not None and i % 2 == 0:
-                pieces += [Piece(tuple(2 * b + half for b in blocks), narrowed.get(i + half)) for half in (0, 1)]
-        elif i not in dropped:
-            pieces.append(Piece((i,), narrowed.get(i)))
+        for sources in merged.get(i, () if i in gone else ((i,),)):
+            pieces.append(Piece(sources, narrowed.get(sources[0])))
     if not pieces:
         raise InputError("plan: it drops every sub-layer")
     used = {p.sources[0] for p in pieces}

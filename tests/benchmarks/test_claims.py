@@ -156,7 +156,7 @@ def test_shapes_of_public_models():
         assert public_models.SPECS[name].num_parameters() == size, name
     less = public_models.shortened(public_models.SPECS["llama-3-70b"], attentions=34)
     assert (len(less.attention_sublayers()), len(less.ffn_sublayers())) == (46, 80)
-    assert less.blocks() is None
+    assert less.whole_blocks() is None
 
 
 def test_exact_numbers_need_no_rows(tmp_path, monkeypatch):

@@ -90,8 +90,8 @@ def test_a_text_too_short_for_the_repair_is_refused_before_the_scoring(pico_file
     assert "too short" in one_line(capsys, *command, "--repair-samples", 10**6)
     assert "seq_len: expected at most the model's context" in one_line(capsys, *command, "--repair-seq-len", 10**6)
     for value in (0, -1):
-        assert "samples: expected at least 1" in one_line(capsys, *command, "--repair-samples", value)
-        assert "samples: expected at least 1" in one_line(capsys, *command, "--samples", value)
+        assert "samples: expected an integer from 1 on" in one_line(capsys, *command, "--repair-samples", value)
+        assert "samples: expected an integer from 1 on" in one_line(capsys, *command, "--samples", value)
 
 
 def test_the_repair_may_have_windows_of_its_own(pico_file, tmp_path, capsys):

@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from depthprune_runtime.checkpoint import open_checkpoint, write_native
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB_SIZE = 384
 CONTEXT = 256
@@ -85,3 +87,19 @@ def save(model: Any, folder: Path, tokenizer: bool = True, **options: Any) -> Pa
     if tokenizer:
         build_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_damaged(folder: Path, path: Path, name: str, value: float) -> Path:
+    """Our own file of the model in `folder`, with `value` first in packed tensor `name`; no import lets it through."""
+    checkpoint = open_checkpoint(folder)
+    healthy = checkpoint.tensor
+
+    def damaged(wanted: str) -> torch.Tensor:
+        tensor = healthy(wanted).clone()
+        if wanted == name:
+            tensor.view(-1)[0] = value
+        return tensor
+
+    checkpoint.tensor = damaged
+    write_native(path, checkpoint)
+    return path

@@ -7,6 +7,7 @@ import json
 import pico
 import pytest
 import torch
+from specs import plain_spec
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.checkpoint import open_checkpoint
@@ -120,7 +121,8 @@ def test_only_one_kind_goes_if_so_asked(pico_file, only, front_protection, most)
 def test_the_exact_search_costs_about_half_of_the_plain_loop(deep_file, front_protection):
     ranking = run(deep_file, 8, front_protection=front_protection)
     assert ranking.evaluations <= 0.55 * ranking.plain_evaluations
-    counted = sum(len(candidates(32, order(ranking)[:k], front_protection)) * (31 - k) for k in range(8))
+    spec = open_checkpoint(deep_file).spec
+    counted = sum(len(candidates(spec, order(ranking)[:k], front_protection)) * (31 - k) for k in range(8))
     assert ranking.plain_evaluations == counted
 
 
@@ -247,26 +249,27 @@ def test_a_sparsity_is_reached_by_the_fewest_steps_of_the_ranking(pico_file):
 
 @pytest.mark.parametrize(("blocks", "front_protection"), FRONTS)
 def test_front_protection_follows_the_official_rule(blocks, front_protection):
-    total = 2 * blocks
+    spec, total = plain_spec(blocks), 2 * blocks
     kept, until = FRONTS[blocks, front_protection]
     behind = list(range(2 * kept, total))
     gone = behind[:until]
-    assert candidates(total, [], front_protection) == behind
-    assert candidates(total, gone[:-1], front_protection) == behind[until - 1 :]
-    assert candidates(total, gone, front_protection) == [i for i in range(total) if i not in gone]
+    assert candidates(spec, [], front_protection) == behind
+    assert candidates(spec, gone[:-1], front_protection) == behind[until - 1 :]
+    assert candidates(spec, gone, front_protection) == [i for i in range(total) if i not in gone]
 
 
 def test_one_sublayer_stays():
-    assert candidates(4, [0, 1, 3], 0.0) == []
-    assert candidates(4, [0, 1], 0.0, "ffn") == [3]
+    assert candidates(plain_spec(2), [0, 1, 3], 0.0) == []
+    assert candidates(plain_spec(2), [0, 1], 0.0, "ffn") == [3]
 
 
 def test_llama_3_8b_has_the_candidates_of_the_paper():
     """32 blocks, 16 removals: 38 candidates at first, 488 evaluations in all."""
-    first = candidates(64, [], 0.4)
+    spec = plain_spec(32)
+    first = candidates(spec, [], 0.4)
     assert first == list(range(26, 64))
-    assert sum(len(candidates(64, first[:gone], 0.4)) for gone in range(16)) == 488
-    assert len(candidates(64, [], 0.4, "attention")) == len(candidates(64, [], 0.4, "ffn")) == 19
+    assert sum(len(candidates(spec, first[:gone], 0.4)) for gone in range(16)) == 488
+    assert len(candidates(spec, [], 0.4, "attention")) == len(candidates(spec, [], 0.4, "ffn")) == 19
 
 
 @pytest.mark.parametrize(("front_protection", "most"), [(0.0, 11), (0.4, 11), (0.5, 4), (0.8, 2), (0.9, 0), (1.0, 0)])
@@ -323,8 +326,7 @@ def test_a_goal_is_one_thing():
 
 
 def test_damaged_weights_are_said(tmp_path):
-    model = pico.build_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0] = float("inf")
+    folder = pico.save(pico.build_model("llama"), tmp_path)
+    damaged = pico.save_damaged(folder, tmp_path / "damaged", "sublayers.3.down_proj.weight", float("inf"))
     with pytest.raises(InputError, match="not finite"):
-        run(pico.save(model, tmp_path), 1)
+        run(damaged, 1)

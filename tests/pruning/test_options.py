@@ -7,6 +7,7 @@ import pytest
 from depthprune_runtime import InputError
 from depthprune_runtime.pruning import after_repair, prune
 from depthprune_runtime.pruning.options import (
+    REPAIR_WINDOWS,
     FinerCutOptions,
     FlattenGPTOptions,
     RepairOptions,
@@ -40,9 +41,10 @@ def test_defaults_of_the_repair():
         "answers_for": "before",
         "scope": "all",
         "strength": None,
-        "samples": 128,
-        "seq_len": 512,
+        "samples": None,
+        "seq_len": None,
     }
+    assert REPAIR_WINDOWS == (128, 512)  # what None stands for
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])

@@ -6,11 +6,13 @@ import dataclasses
 import json
 
 import pytest
+from specs import plain_spec
 
 from depthprune_runtime import InputError
 from depthprune_runtime.pruning.search_state import SearchKey, SearchState, Step, _checksum, load_state
 
 KEY = SearchKey("0" * 64, "1" * 64, "js_reverse", 0.4, "exact", "float32")
+SPEC = plain_spec(6)
 STEPS = [Step(1, 9, "ffn", 4, 0.25, 20.5, 100), Step(2, 4, "attention", 2, 0.5, 18.0, 90)]
 
 
@@ -32,7 +34,7 @@ def rewrite(path, edit):
 def refused(path) -> str:
     before = path.read_bytes()
     with pytest.raises(InputError) as raised:
-        load_state(path, KEY, 12)
+        load_state(path, KEY, SPEC)
     assert path.read_bytes() == before
     message = str(raised.value)
     assert message.isprintable()
@@ -41,10 +43,10 @@ def refused(path) -> str:
 
 
 def test_what_was_saved_comes_back(state):
-    found = load_state(state, KEY, 12)
+    found = load_state(state, KEY, SPEC)
     assert (found.key, found.steps, found.increments) == (KEY, STEPS, {3: 0.125})
     rewrite(state, lambda data: None)  # other spaces mean nothing
-    assert load_state(state, KEY, 12) == found
+    assert load_state(state, KEY, SPEC) == found
 
 
 @pytest.mark.parametrize("old", ["0.25", '"sublayer": 9', '"block": 4', "0.125", '"evaluations": 20.5'])
