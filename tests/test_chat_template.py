@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
-from types import SimpleNamespace
 
 import numpy as np
 import pico
@@ -13,7 +11,6 @@ import pytest
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.chat_template import ChatTemplate
-from depthprune_runtime.tokenizer import Tokenizer
 
 CHAT_ML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -306,58 +303,3 @@ def test_special_tokens_in_a_message_are_text_if_so_wished(folder):
     assert quoted.prompt == plain.prompt
     assert quoted.prompt_token_ids.count(control[0]) == 1 and quoted.prompt_token_ids[-1] == control[0]
     assert tokenizer.decode(quoted.prompt_token_ids, skip_special_tokens=False) == quoted.prompt
-
-
-def test_the_tokenizers_beginning_can_be_left_out(pico_runtime):
-    tokenizer = pico_runtime.tokenizer
-    bos = tokenizer.special_token_id("bos_token")
-    for add in (True, False):
-        out = pico_runtime.generate("<s>the", max_new_tokens=1, add_special_tokens=add)[0]
-        assert out.prompt_token_ids.count(bos) == 1 + add
-    out = pico_runtime.generate("<s>the", max_new_tokens=1, add_special_tokens=False, split_special_tokens=True)[0]
-    assert bos not in out.prompt_token_ids
-    with pytest.raises(InputError, match="cannot be encoded: lone surrogates"):
-        tokenizer.encode("a\ud800")
-
-
-@pytest.mark.parametrize(
-    ("stated", "file", "names"),
-    [
-        ([{"name": "default", "template": "d"}, {"name": "rag", "template": "r"}, {"name": 3}, "x"], None, "dr"),
-        ([{"name": "rag", "template": "r"}], b"f", "fr"),
-        ("d", None, "d"),
-        (3, None, ""),
-    ],
-)
-def test_templates_of_the_tokenizers_config(stated, file, names):
-    assets = {
-        "tokenizer.json": pico.build_tokenizer().backend_tokenizer.to_str().encode(),
-        "tokenizer_config.json": json.dumps({"chat_template": stated}).encode(),
-        **({} if file is None else {"chat_template.jinja": file}),
-    }
-    tokenizer = Tokenizer(SimpleNamespace(name="m", assets=assets))
-    found = []
-    for name in ("default", "rag"):
-        try:
-            found.append(tokenizer.apply_chat_template([USER], chat_template=name if name == "rag" else None))
-        except InputError:
-            continue
-    assert "".join(f for f in found if f != "rag") == names
-    assert tokenizer.chat_template == (names[0] if names else None)
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("tokenizer_config.json", b"{", "its tokenizer_config.json is not JSON"),
-        ("tokenizer_config.json", b"[" * 100_000, "its tokenizer_config.json is not JSON"),
-        ("tokenizer_config.json", b"\xff", "its tokenizer_config.json is not UTF-8"),
-        ("chat_template.jinja", b"\xff", "its chat_template.jinja is not UTF-8"),
-        ("tokenizer.json", b"\xff", "its tokenizer.json cannot be read"),
-    ],
-)
-def test_damaged_files_of_a_tokenizer_are_named(name, data, message):
-    good = {"tokenizer.json": pico.build_tokenizer().backend_tokenizer.to_str().encode()}
-    with pytest.raises(InputError, match=f"^m: {message}") as caught:
-        Tokenizer(SimpleNamespace(name="m", assets={**good, name: data}))
-    assert "\n" not in str(caught.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import math
@@ -14,13 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from task_rows import ROWS, SCHEMAS, write
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.cli import main
 from depthprune_runtime.evaluation import logprobs, tasks
 from depthprune_runtime.evaluation.scoring import ContinuationScore, continuation_logprobs, encode_pair
-from depthprune_runtime.evaluation.task_files import find_task, load_task
-from depthprune_runtime.evaluation.tasks import evaluate_task, load_tasks
+from depthprune_runtime.evaluation.task_files import load_task
+from depthprune_runtime.evaluation.tasks import evaluate_task
 
 IDS = st.integers(0, pico.VOCAB_SIZE - 1)
 # Few contexts and several continuations of each, so that sharing happens at every length of a context.
@@ -28,28 +28,11 @@ GROUPS = st.lists(
     st.tuples(st.lists(IDS, min_size=1, max_size=40), st.lists(st.lists(IDS, min_size=1, max_size=20), max_size=4)),
     max_size=4,
 )
-ROWS = [
-    {"context": "the quick brown", "choices": ["fox", "decoder"], "gold": 0},
-    {"context": "a decoder is a sequence of", "choices": ["lazy dogs", "residual sub-layers", "emoji"], "gold": 1},
-    {"context": "prune the blocks that change ", "choices": [" most", "the hidden state least", "a"], "gold": 2},
-    {"context": "", "choices": ["naïve", "façade — 東京"], "gold": 1},
-]
-SCHEMAS = [
-    {"contexts": ["the fox is quick, the fox", "the fox is quick, the dog"], "continuation": "jumps over.", "gold": 0},
-    {"contexts": ["the dog is lazy, the fox", "the dog is lazy, the dog"], "continuation": "sleeps", "gold": 1},
-]
-
-
 NEXT_WORDS = [
     {"context": "the quick brown fox jumps over the lazy", "continuation": "dog"},
     {"context": "prune the blocks that change the hidden state\nthe", "continuation": "least often"},
     {"context": "a decoder is a sequence of", "continuation": "blocks"},
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def brute_force(model, context, continuation):
@@ -257,72 +240,6 @@ def test_an_offset_leaves_out_the_first_rows(pico_runtime, tmp_path):
     assert (part.n, part.offset) == (2, 1)
     assert part.hits == {name: hits[1:3] for name, hits in whole.hits.items()}
     assert load_task(path, offset=3).examples == load_task(path).examples[3:]
-
-
-def test_tasks_are_found_by_path_and_by_name(tmp_path, monkeypatch):
-    file = write(tmp_path / "piqa.jsonl", ROWS)
-    (tmp_path / "hellaswag.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
-    monkeypatch.delenv("DEPTHPRUNE_DATA", raising=False)
-    assert find_task(str(file)) == file
-    assert find_task("piqa") is None
-    monkeypatch.setenv("DEPTHPRUNE_DATA", str(tmp_path))
-    assert find_task("piqa") == file
-    assert find_task("arc_easy") is None
-    assert find_task("../piqa") is None
-    task = load_task(find_task("hellaswag"), limit=3)
-    assert (task.name, len(task.examples)) == ("hellaswag", 3)
-    assert task.examples == load_task(file).examples[:3]
-    assert len(load_task(file, limit=99).examples) == 4
-    with pytest.raises(InputError, match=r"no\.jsonl: no such file"):
-        find_task("no.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not JSON"),
-        ("", "not JSON"),
-        ("[1]", "expected a JSON object, got list"),
-        ('{"context": "c"}', r"choices, contexts or a continuation, got \['context'\]"),
-        ('{"choices": ["a", "b"], "gold": 0}', "context: expected a string, got None"),
-        ('{"context": "c", "choices": ["a"], "gold": 0}', "choices: expected a list of at least two"),
-        ('{"context": "c", "choices": ["a", ""], "gold": 0}', "choices: expected a list of at least two non-empty"),
-        ('{"context": "c", "choices": ["a", "b"], "gold": 2}', "gold: expected an index from 0 to 1, got 2"),
-        ('{"context": "c", "choices": ["a", "b"], "gold": true}', "gold: expected an index"),
-        ('{"contexts": ["a", "b"], "gold": 0}', "continuation: expected a non-empty string"),
-        ('{"continuation": "b"}', "context: expected a string, got None"),
-        ('{"context": "a", "continuation": ""}', "continuation: expected a non-empty string"),
-        ("\udcff", "not UTF-8: byte 0xff"),
-    ],
-)
-def test_bad_rows_are_named_by_file_and_line(tmp_path, line, message):
-    path = write(tmp_path / "bad.jsonl", ROWS[:2])
-    path.write_bytes(path.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n")
-    with pytest.raises(InputError, match=rf"bad\.jsonl:3: .*{message}"):
-        load_task(path)
-    assert len(load_task(path, limit=2).examples) == 2
-
-
-def test_bad_files(tmp_path):
-    mixed = write(tmp_path / "mixed.jsonl", ROWS + SCHEMAS)
-    empty = write(tmp_path / "empty.jsonl", [])
-    damaged = tmp_path / "damaged.jsonl.gz"
-    damaged.write_bytes(gzip.compress(mixed.read_bytes())[:-20])
-    for path, message in (
-        (mixed, "rows of one kind, got choices and contexts"),
-        (empty, "at least one row"),
-        (damaged, "damaged gzip"),
-    ):
-        with pytest.raises(InputError, match=message):
-            load_task(path)
-    with pytest.raises(InputError, match="limit: expected at least 1, got 0"):
-        load_task(mixed, limit=0)
-    with pytest.raises(InputError, match="offset: expected at least 0, got -1"):
-        load_task(mixed, offset=-1)
-    with pytest.raises(InputError, match=r"mixed\.jsonl: expected at least one row after the first 6, got none"):
-        load_task(mixed, offset=6)
-    with pytest.raises(InputError, match="tasks: expected at least one"):
-        load_tasks([])
 
 
 Done = namedtuple("Done", "status out err")

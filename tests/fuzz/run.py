@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path = [
     str(ROOT / "tests"),
+    str(ROOT / "tests" / "helpers"),
     str(ROOT),
     *(p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent),
 ]

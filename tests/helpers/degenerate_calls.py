@@ -1,6 +1,4 @@
-"""Calls every op and the decode step with arguments that no model has.
-
-    python tests/helpers/degenerate_calls.py NAME ...
+"""Calls every op and the decode step with arguments that no model has: `python .../degenerate_calls.py NAME ...`
 
 Each name's calls run in a forked child, which says in advance what it is about to do: a signal names its call. Printed
 are the calls that ended in anything but a result or one of `ALLOWED`; the exit status is 1 where there was one.

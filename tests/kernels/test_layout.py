@@ -6,6 +6,7 @@ Hugging Face library of that name.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -43,24 +44,24 @@ def test_nobody_imports_the_bare_name() -> None:
             assert not pattern.search(path.read_text()), path
 
 
-# In a process that believes it has a CUDA device, where ops binds the launchers when it is imported.
-FIRST = """
-import sys, torch
-torch.version.cuda, torch.cuda.is_available = "13.0", lambda: True
-import depthprune_runtime.kernels.{module}
-assert not torch.cuda.is_initialized(), "CUDA was initialised"
-found = sorted(n for n in sys.modules if n.startswith("depthprune_runtime.") and ".kernels" not in n)
-assert not found, f"a kernels module imports {{found}}"
-from depthprune_runtime import ops
-assert ops.implementations("{op}")["CUDA"] == "native"
-"""
+MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "kernels").glob("*.py")))
-def test_a_module_is_imported_first(module: str) -> None:
-    """No module needs ops to be there before it, and none touches a GPU."""
+@pytest.fixture(scope="module")
+def imported() -> dict[str, str]:
+    """What each module printed, or how it failed, when it was imported first: one process that forks for each."""
     pytest.importorskip("triton", reason="triton is not installed: the kernel modules do not import")
-    code = FIRST.format(module=module, op=next((op for op, home in LAUNCHERS.items() if home == module), "rms_norm"))
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    ops = {m: next((op for op, home in LAUNCHERS.items() if home == m), "rms_norm") for m in MODULES}
+    script = ROOT / "tests" / "helpers" / "import_first.py"
+    run = subprocess.run(
+        [sys.executable, str(script), json.dumps(ops)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
-    assert run.stdout == ""
+    return json.loads(run.stdout)
+
+
+@pytest.mark.xdist_group("imported")
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_imported_first(imported: dict[str, str], module: str) -> None:
+    """No module needs ops to be there before it, and none touches a GPU or prints."""
+    assert imported[module] == ""
