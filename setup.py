@@ -130,7 +130,7 @@ def extension() -> dict[str, Any]:
         flags.append("-fopenmp-simd")
     else:
         flags = ["/O2", "/std:c++20", "/openmp:experimental"]
-    paths = [ROOT / "csrc/module.cpp", *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    paths = [ROOT / "csrc/module.cpp", *sorted(ROOT.glob("csrc/cpu/*/*.cpp"))]
     arguments: dict[str, Any] = {"extra_compile_args": flags}
     kind = CppExtension
     cuda = builds_cuda()
@@ -139,7 +139,7 @@ def extension() -> dict[str, Any]:
         paths += [*sorted(ROOT.glob("csrc/cuda/*.cpp")), *sorted(ROOT.glob("csrc/cuda/*.cu"))]
         arguments = {"extra_compile_args": {"cxx": flags, "nvcc": ["-O3", "-std=c++17"]}}
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    headers = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")])
+    headers = sorted(path for end in ("h", "cuh", "inc") for path in ROOT.glob(f"csrc/**/*.{end}"))
     module = kind(
         "depthprune_runtime._C",
         [str(path.relative_to(ROOT)) for path in paths],
@@ -155,6 +155,6 @@ setup(
     packages=find_namespace_packages(
         include=["depthprune_runtime", "depthprune_runtime.*"], exclude=["*.__pycache__", "*.__pycache__.*"]
     ),
-    package_data={"": ["*.json", "py.typed"]},
+    package_data={"": ["*.json", "*.pyi", "py.typed"]},
     **extension(),
 )

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_abuse.py --requests 20000
 
-The model is a pico model (tests/pico.py) with random weights: what is measured is the engine, not the model. Prints one
-JSON object; exit status 1 if anything unexpected happened or anything was left behind.
+The model is a pico model (tests/helpers/pico.py) with random weights: what is measured is the engine, not the model.
+Prints one JSON object; exit status 1 if anything unexpected happened or anything was left behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 
 import abuse
 import pico

@@ -34,7 +34,7 @@ from on_gpu.generation import DENSE, PEERS, Case, Generation, release
 from on_gpu.models import SPECS, make_pool
 from on_gpu.timing import Budget, Clock
 from peers.weights import VARIANTS
-from shapes import decode_bytes, prefill_flops
+from public_models import decode_bytes, prefill_flops
 
 from depthprune_runtime.ops import implementations
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from common import append_rows, environment, interleaved, print_json, spread
-from shapes import SPECS, shortened
-from steps import decode_step, random_weights
+from public_models import SPECS, shortened
+from random_decode_step import decode_step, random_weights
 
 from depthprune_runtime.quantized import QuantSpec
 from depthprune_runtime.spec import DecoderSpec

@@ -24,8 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from shapes import SPECS, shortened
-from steps import decode_step, quantized, random_weights
+from public_models import SPECS, shortened
+from random_decode_step import decode_step, quantized, random_weights
 
 from depthprune_runtime import ops
 from depthprune_runtime.panels import PanelWeight, panels_pay, to_panels

@@ -65,6 +65,7 @@ def test_the_tokenizer_is_the_models_own(oracle, exact):
     assert out.outputs[0].finish_reason == "stop"
 
 
+@pytest.mark.timeout(1800)  # prunes and scores a real model: minutes beside other work
 def test_pruned_for_real(smollm2_file, tmp_path):
     """Three of 30 blocks: perplexity rises but not beyond use; the score and the repair are worth something."""
     text = load_text("builtin-test")

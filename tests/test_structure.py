@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import collections
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "depthprune_runtime"
+CSRC = ROOT / "csrc"
 
 # Room -> rooms it may import from, besides itself. Rooms are modules or folders of the package.
 MAY_IMPORT = {
@@ -40,7 +43,7 @@ MAY_IMPORT = {
     "heap": set(),
     "huge_pages": set(),
     "ops": {"quantized", "panels", "extension", "kernels"},
-    "model": {"errors", "spec", "quantized", "panels", "extension", "ops"},
+    "model": {"errors", "spec", "quantized", "panels", "extension", "ops", "_C"},
     "quantization": {
         "errors",
         "progress",
@@ -204,6 +207,83 @@ def test_the_forward_pass_of_a_sublayer_is_written_once():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in found:
                 found[node.func.attr].add(str(path.relative_to(PACKAGE)))
     assert found == CALLED_IN
+
+
+# Folder of csrc -> folders whose headers it may include, besides its own.
+MAY_INCLUDE = {
+    ".": {"cpu/simd", "cpu/step"},
+    "common": set(),
+    "cpu/simd": {"common"},
+    "cpu/attention": {"common", "cpu/simd"},
+    "cpu/panels": {"common", "cpu/simd"},
+    "cpu/pointwise": {"common", "cpu/simd"},
+    "cpu/codes": {"common", "cpu/simd", "cpu/pointwise"},
+    "cpu/rows": {"common", "cpu/simd", "cpu/panels", "cpu/pointwise"},
+    "cpu/step": {"common", "cpu/simd", "cpu/attention", "cpu/panels", "cpu/pointwise", "cpu/codes", "cpu/rows"},
+    "cuda": {"common"},
+}
+MOST_FILES = 14
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")
+SOURCES = sorted(p for p in CSRC.rglob("*") if p.is_file())
+
+
+def folder(path: Path) -> str:
+    return path.relative_to(CSRC).parent.as_posix()
+
+
+def included(path: Path, marks: str) -> list[str]:
+    """What `path` includes in quotes, or in angle brackets."""
+    before, after = marks
+    return re.findall(rf"^[ \t]*#[ \t]*include[ \t]+{before}([^{after}\n]+){after}", path.read_text(), re.M)
+
+
+def test_include_directions():
+    for path in SOURCES:
+        for name in included(path, '""'):
+            assert (CSRC / name).is_file(), f"{path} includes {name}, which is not below csrc"
+            other = folder(CSRC / name)
+            assert other in {folder(path)} | MAY_INCLUDE[folder(path)], f"{path} must not include {name}"
+
+
+def test_folders_of_sources_stay_small():
+    sizes = collections.Counter(map(folder, SOURCES))
+    assert {name: size for name, size in sizes.items() if size > MOST_FILES} == {}
+    assert set(sizes) <= set(MAY_INCLUDE)
+
+
+def reached(path: Path, seen: set[Path]) -> set[Path]:
+    """`path` and every header of ours that it includes, directly or not."""
+    if path not in seen:
+        seen.add(path)
+        for name in included(path, '""'):
+            reached(CSRC / name, seen)
+    return seen
+
+
+@pytest.mark.parametrize("path", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda p: p.name)
+def test_device_code_includes_no_torch_header(path):
+    """Kernels take pointers, and compile in seconds; tensors end in the bindings."""
+    files = reached(path, set())
+    assert CSRC / "cuda" / "device.cuh" in files
+    for file in files:
+        roots = {name.split("/")[0] for name in included(file, "<>")}
+        assert not roots & {"ATen", "c10", "torch", "pybind11"}, file
+
+
+def test_what_is_compiled_once_a_level_says_so():
+    """Code that several instruction levels include ends in .inc and has no guard, unless it opens a namespace."""
+    for path in SOURCES:
+        text = path.read_text()
+        if path.suffix in (".h", ".cuh"):
+            assert "#pragma once" in text, f"{path}: neither guarded nor .inc"
+        elif path.suffix == ".inc":
+            assert ("#pragma once" in text) == ("\nnamespace " in text), path
+
+
+def test_instruction_levels_have_one_set_of_names():
+    for path in SOURCES:
+        if re.search("avx|amx|vnni|sse|neon|generic", path.stem):
+            assert path.stem.endswith(LEVELS) and (path.stem in LEVELS or folder(path) == "cpu/pointwise"), path
 
 
 SUBLAYER_NUMBERS = {"i", "index", "sublayer", "best", "first", "block", "b"}  # what code calls them

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from peers.weights import Model, huggingface_config, unpacked
-from shapes import SPECS as PUBLIC
-from shapes import llama, shortened
+from public_models import SPECS as PUBLIC
+from public_models import llama, shortened
 from torch import Tensor
 
 from depthprune_runtime.families import HF_NAMES

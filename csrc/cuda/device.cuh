@@ -5,14 +5,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-
-#include "cpu/dtype.h"
 
 namespace depthprune::cuda {
 

@@ -16,7 +16,7 @@ namespace {
 constexpr int kShared = 128;      // threads of a block of short rows
 constexpr int kMaxThreads = 512;  // of a block of one long row: 4096 bf16 values are one chunk each
 
-__device__ __forceinline__ int64_t offset_of(const Rows& rows, uint32_t row) {
+__device__ __forceinline__ int64_t offset_of(const RowStrides& rows, uint32_t row) {
   if (rows.inner == 1) return row * rows.outer_stride;
   const uint32_t inner = static_cast<uint32_t>(rows.inner);
   return row / inner * rows.outer_stride + row % inner * rows.inner_stride;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const Norm norm) {
   }
 }
 
-bool are_aligned(const Rows& rows, const void* data, int64_t chunk) {
+bool are_aligned(const RowStrides& rows, const void* data, int64_t chunk) {
   return is_aligned(data) && rows.outer_stride % chunk == 0 && rows.inner_stride % chunk == 0;
 }
 

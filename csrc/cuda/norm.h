@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
-#include "rows.h"
+#include "common/dtype.h"
+#include "common/row_strides.h"
 
 struct CUstream_st;  // cudaStream_t without the toolkit's headers
 
@@ -15,9 +15,9 @@ struct Norm {
   void* residual;      // [T, C], or null
   const void* weight;  // [weight_rows, C], dense; row r of x takes row r % weight_rows
   void* out;           // [T, C], may be x
-  Rows x_rows;
-  Rows residual_rows;
-  Rows out_rows;
+  RowStrides x_rows;
+  RowStrides residual_rows;
+  RowStrides out_rows;
   int64_t num_rows;
   int64_t hidden_size;
   int64_t weight_rows;

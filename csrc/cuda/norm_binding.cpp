@@ -5,11 +5,11 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "check.h"
-#include "cpu/arguments.h"
+#include "common/check.h"
+#include "common/dtype_of.h"
+#include "common/gain.h"
+#include "common/row_strides_of.h"
 #include "cuda/norm.h"
-#include "gain.h"
-#include "rows_of.h"
 
 namespace depthprune::cuda {
 namespace {
@@ -26,16 +26,16 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& residual, const at::Te
   const c10::DeviceGuard guard(input.device());
   at::Tensor result = at::empty_like(residual.defined() ? residual : input);
   if (input.numel() == 0) return result;
-  const at::Tensor x = with_rows(input);
+  const at::Tensor x = with_row_strides(input);
   const at::Tensor gain = weight.contiguous();
-  const at::Tensor sum = residual.defined() ? with_rows(residual) : residual;
-  const at::Tensor out = rows_of(result) ? result : at::empty_like(x, at::MemoryFormat::Contiguous);
+  const at::Tensor sum = residual.defined() ? with_row_strides(residual) : residual;
+  const at::Tensor out = row_strides_of(result) ? result : at::empty_like(x, at::MemoryFormat::Contiguous);
   Norm arguments{};
   arguments.x = x.const_data_ptr();
-  arguments.x_rows = *rows_of(x);
+  arguments.x_rows = *row_strides_of(x);
   arguments.weight = gain.const_data_ptr();
   arguments.out = out.mutable_data_ptr();
-  arguments.out_rows = *rows_of(out);
+  arguments.out_rows = *row_strides_of(out);
   arguments.hidden_size = x.size(-1);
   arguments.num_rows = x.numel() / x.size(-1);
   arguments.weight_rows = 1;
@@ -44,7 +44,7 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& residual, const at::Te
   arguments.weight_dtype = dtype_of(weight.scalar_type());
   if (residual.defined()) {
     arguments.residual = sum.mutable_data_ptr();
-    arguments.residual_rows = *rows_of(sum);
+    arguments.residual_rows = *row_strides_of(sum);
   }
   norm(arguments, c10::cuda::getCurrentCUDAStream(x.get_device()).stream());
   if (residual.defined() && !sum.is_same(residual)) residual.copy_(sum);
@@ -70,8 +70,8 @@ at::Tensor add_rms_norm(
   DEPTHPRUNE_CHECK(x.dim() >= 1, op, "x", "at least one dimension", x.sizes());
   check_weight(op, x, weight, x.sizes().slice(x.dim() - 1));
   DEPTHPRUNE_CHECK(
-      residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type() && residual.device() == x.device(),
-      op, "residual", c10::str("shape ", x.sizes(), ", dtype ", x.scalar_type(), ", device ", x.device()),
+      residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type() && residual.device() == x.device(), op,
+      "residual", c10::str("shape ", x.sizes(), ", dtype ", x.scalar_type(), ", device ", x.device()),
       c10::str(residual.sizes(), " ", residual.scalar_type(), " ", residual.device()));
   return run(x, residual, weight, eps);
 }
@@ -90,7 +90,7 @@ void head_rms_norm(
   Norm arguments{};
   arguments.out = dense.mutable_data_ptr();
   arguments.x = arguments.out;
-  arguments.x_rows = arguments.out_rows = Rows{x.size(1), dense.stride(0), dense.stride(1)};
+  arguments.x_rows = arguments.out_rows = RowStrides{x.size(1), dense.stride(0), dense.stride(1)};
   arguments.weight = gain.const_data_ptr();
   arguments.hidden_size = x.size(2);
   arguments.num_rows = x.size(0) * x.size(1);

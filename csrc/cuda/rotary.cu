@@ -8,6 +8,8 @@
 // Grid: x is the token; y and the rows of a block are its heads, q then k then v.
 #include "cuda/rotary.h"
 
+#include <algorithm>
+
 #include "cuda/device.cuh"
 
 namespace depthprune::cuda {
@@ -174,8 +176,7 @@ void launch_rotary(const char* op, const Rotation& rotation, cudaStream_t stream
   // As many heads as a token has, in whole warps, up to the largest block.
   const int64_t per_warp = kWarp / lanes;
   const int64_t heads = std::min(kMaxThreads / lanes, (num_heads + per_warp - 1) / per_warp * per_warp);
-  const dim3 grid(
-      static_cast<unsigned>(rotation.num_tokens), static_cast<unsigned>((num_heads + heads - 1) / heads));
+  const dim3 grid(static_cast<unsigned>(rotation.num_tokens), static_cast<unsigned>((num_heads + heads - 1) / heads));
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(heads));
   const bool caches_aligned = rotation.slot_mapping == nullptr ||
                               (are_aligned(rotation.k_cache, kSize) && are_aligned(rotation.v_cache, kSize));

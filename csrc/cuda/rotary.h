@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 struct CUstream_st;  // cudaStream_t without the toolkit's headers
 

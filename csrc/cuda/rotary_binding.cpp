@@ -6,8 +6,8 @@
 
 #include <optional>
 
-#include "check.h"
-#include "cpu/arguments.h"
+#include "common/check.h"
+#include "common/dtype_of.h"
 #include "cuda/rotary.h"
 
 namespace depthprune::cuda {
@@ -39,8 +39,7 @@ void check_rotation(
       positions.dim() == 1 && positions.size(0) == q.size(0), op, "positions", c10::str("shape [", q.size(0), "]"),
       positions.sizes());
   DEPTHPRUNE_CHECK(
-      (positions.scalar_type() == at::kLong || positions.scalar_type() == at::kInt) &&
-          positions.device() == q.device(),
+      (positions.scalar_type() == at::kLong || positions.scalar_type() == at::kInt) && positions.device() == q.device(),
       op, "positions", c10::str("dtype int64 or int32 on ", q.device()),
       c10::str(positions.scalar_type(), " on ", positions.device()));
 }
@@ -158,8 +157,13 @@ void rotary_kv_write(
   const at::Tensor slots = slot_mapping.contiguous();
   Rotation rotation{};
   // Only read: values are stored in the cache and left as they are.
-  rotation.v = {const_cast<void*>(values.const_data_ptr()), values.stride(0), values.stride(1), values.size(1), nullptr,
-                Dtype::float32};
+  rotation.v = {
+      const_cast<void*>(values.const_data_ptr()),
+      values.stride(0),
+      values.stride(1),
+      values.size(1),
+      nullptr,
+      Dtype::float32};
   rotation.k_cache = cache_of(k_cache);
   rotation.v_cache = cache_of(v_cache);
   rotation.slot_mapping = slots.const_data_ptr<int64_t>();

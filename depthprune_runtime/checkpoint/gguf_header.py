@@ -193,10 +193,19 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFHeader:
         raise InputError(f"general.alignment: expected a power of two, got {printable(repr(alignment))}")
     start = -(-cursor.at // alignment) * alignment
     placed: dict[str, GGUFTensor] = {}
+    end = 0
     for entry in table:
-        if entry[0] in placed:
-            raise InputError(f"damaged: tensor {printable(entry[0])} comes twice")
-        placed[entry[0]] = _placed(entry, start, alignment, len(data))
+        name, offset = entry[0], entry[3]
+        if name in placed:
+            raise InputError(f"damaged: tensor {printable(name)} comes twice")
+        placed[name] = _placed(entry, start, alignment, len(data))
+        if offset != end:  # as llama.cpp asks: a gap or an overlap is a wrong type, shape or offset
+            raise InputError(
+                f"damaged: tensor {printable(name)}: expected offset {end:,}, where the one before ends, got {offset:,}"
+            )
+        end = -(-(end + placed[name].nbytes) // alignment) * alignment
+    if len(data) > start + end and table:  # what lies behind would be read nowhere, or all is shifted
+        raise InputError(f"damaged, or of another alignment: expected {start + end:,} bytes, got {len(data):,}")
     return GGUFHeader(path, metadata, placed, np.frombuffer(data, np.uint8))
 
 

@@ -45,23 +45,28 @@ _log = logging.getLogger("depthprune_runtime")
 class Engine:
     """A decoder, its KV cache and the requests that run on them.
 
-    kv_memory: of the KV cache: bytes (an int, or text such as "2GiB") or a fraction in (0, 1] of the device's free
-    memory; None is 0.9 of a GPU's, 0.5 of a CPU's. Never more is taken than `max_num_seqs` full contexts need.
-    max_num_seqs: outputs running at once; max_num_batched_tokens: tokens computed in a step, prompts in chunks;
-    max_waiting: outputs in the waiting queue, None for any number; enable_prefix_caching: reuse keys and values of
-    equal beginnings; decode_steps: tokens a request that may be computed before the engine looks at them, 1 to 16,
-    while none waits and all are greedy or (on a GPU) sampled without filters, penalties and log-probabilities: their
-    deltas come in bursts of as many. On a CPU a burst ends with the first request that does, and after 20 ms.
+    A request's tokens depend on its prompt and seed. What runs beside it may change the last bits of its logits, and so
+    a choice between tokens that are almost equally likely. On a CPU that takes a step of more than 64 tokens, for which
+    other kernels serve, or a piece of a prompt of so few tokens that decode's attention serves. These are up to 16
+    divided by the query heads of a KV head, as a tight `max_num_batched_tokens`, a cached beginning or a preemption
+    leave them. Log-probabilities of bfloat16 then differ by some hundredths, of float32 by 1e-6. On a GPU steps of
+    1 and of more requests differ likewise.
 
-    A request's tokens depend on its prompt and seed; what runs beside it may change the last bits of its logits, and so
-    a choice between tokens that are almost equally likely. On a CPU that takes a step of more than 64 tokens (long
-    prompts, many requests), for which other kernels serve, or a piece of a prompt of so few tokens that decode's
-    attention serves: up to 16 divided by the query heads of a KV head, as a tight `max_num_batched_tokens`, a cached
-    beginning or a preemption leave them. Log-probabilities of bfloat16 then differ by some hundredths, of float32 by
-    1e-6. On a GPU steps of 1 and of more requests differ likewise.
-
-    max_n, max_logprobs: outputs of one prompt, and alternatives reported with each token, that a request may ask for;
-    n is at most max_waiting, too.
+    Args:
+        decoder: the model's layers. `Runtime.engine` gives it, and inputs.
+        inputs: turns prompts and parameters into requests.
+        kv_memory: of the KV cache: bytes (an int, or text such as "2GiB"), or a fraction in (0, 1] of the device's free
+            memory. None is 0.9 of a GPU's, 0.5 of a CPU's. Never more is taken than `max_num_seqs` full contexts need.
+        kv_block_size: tokens in a page of the cache.
+        max_num_seqs: outputs running at once.
+        max_num_batched_tokens: tokens computed in a step, prompts in chunks.
+        max_waiting: outputs in the waiting queue, None for any number.
+        enable_prefix_caching: reuse keys and values of equal beginnings.
+        decode_steps: tokens a request that may be computed before the engine looks at them, 1 to 16. It does so while
+            none waits and all are greedy or (on a GPU) sampled without filters, penalties and log-probabilities. Their
+            deltas come in bursts of as many. On a CPU a burst ends with the first request that does, and after 20 ms.
+        max_n: outputs of one prompt that a request may ask for; at most max_waiting, too.
+        max_logprobs: alternatives reported with each token that a request may ask for.
     """
 
     def __init__(

@@ -20,16 +20,26 @@ _PENALTIES = (0.01, 100.0)  # float32 logits times or by these stay finite
 class SamplingParams:
     """Sampling of one request. Values out of range are refused with InputError.
 
-    n: outputs per prompt, 1 to 16384 (an engine allows `max_n`); temperature: 0 to 10000, greedy below 1e-5;
-    top_k: 0 or -1 keeps all; top_p, min_p: probability mass and share of the largest probability;
-    repetition_penalty: 0.01 to 100, > 1 lowers the logits of tokens seen in prompt or output; seed: None draws a fresh
-    one, else 0 to 2**64 - 1; stop: at most 256 strings of at most 4096 characters together, which end the
-    output (left out of it unless include_stop_str_in_output; a special token's text also ends it where
-    skip_special_tokens leaves that token out); stop_token_ids: ids that end it, at most 1024; max_tokens: new tokens at
-    most, cut to what the context leaves; logprobs: how many alternatives to report with each token (an engine allows
-    `max_logprobs`); add_special_tokens: begin a text prompt with what the tokenizer adds, such as a BOS;
-    split_special_tokens: read special tokens in a text prompt as ordinary text.
     The order is penalty, temperature, top_k, top_p, min_p, as in Transformers.
+
+    Args:
+        n: outputs per prompt, 1 to 16384; an engine allows `max_n`.
+        temperature: 0 to 10000, greedy below 1e-5.
+        top_p: probability mass that stays, above 0 to 1.
+        top_k: tokens that stay; 0 or -1 keeps all.
+        min_p: share of the largest probability, 0 to 1.
+        repetition_penalty: 0.01 to 100; above 1 it lowers the logits of tokens seen in prompt or output.
+        seed: 0 to 2**64 - 1; None draws a fresh one.
+        stop: at most 256 strings of at most 4096 characters together, which end the output. A special token's text also
+            ends it where skip_special_tokens leaves that token out.
+        stop_token_ids: ids that end it, at most 1024.
+        ignore_eos: go on after an end-of-sequence token.
+        max_tokens: new tokens at most, cut to what the context leaves.
+        logprobs: how many alternatives to report with each token; an engine allows `max_logprobs`.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: keep the stop string in the text.
+        add_special_tokens: begin a text prompt with what the tokenizer adds, such as a BOS.
+        split_special_tokens: read special tokens in a text prompt as ordinary text.
     """
 
     n: int = 1

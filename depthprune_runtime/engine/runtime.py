@@ -90,13 +90,24 @@ class Runtime:
     ) -> Runtime:
         """Load our own file, a Hugging Face folder or hub id, or a GGUF file.
 
-        device: `auto` is CUDA where there is one; dtype: `auto` is the checkpoint's; verify: check our own file against
-        its checksums; mmap: on a CPU, leave the weights of our own file mapped, so that processes share them, rather
-        than copy them into huge pages and the layout that the kernels read fastest; skip_tokenizer_init: leave the
-        tokenizer out, for callers that have their own: prompts are token ids, outputs have no text, and what ends them
-        unasked is only the `eos_token_id` of the generation config; activations: what meets a weight of 8 or 4 bits.
-        `int8`, on a CPU the default, rounds it to 8 bits (W8A8, W4A8); the name of the model's dtype, such as `bf16`,
-        keeps it as it is (W8A16, W4A16), which on a CPU is several times slower.
+        Args:
+            model: the file, folder or hub id.
+            device: `auto` is CUDA where there is one.
+            dtype: to compute in; `auto` is the checkpoint's.
+            verify: check our own file against its checksums.
+            mmap: on a CPU, leave the weights of our own file mapped, so that processes share them. By default they are
+                copied into huge pages and the layout that the kernels read fastest.
+            skip_tokenizer_init: leave the tokenizer out, for callers that have their own. Prompts are then token ids,
+                outputs have no text, and only the `eos_token_id` of the generation config ends them unasked.
+            activations: what meets a weight of 8 or 4 bits. `int8`, on a CPU the default, rounds it to 8 bits (W8A8,
+                W4A8). The name of the model's dtype, such as `bf16`, keeps it as it is (W8A16, W4A16). On a CPU that is
+                several times slower.
+
+        Returns:
+            The loaded model.
+
+        Raises:
+            InputError: where the source, the device or a choice will not do.
         """
         if not isinstance(model, str | os.PathLike) or not str(model):
             refuse("model", "a file, a folder or a hub id", model)

@@ -7,7 +7,7 @@ kernels with the same roundings: the logits are equal bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair
 from depthprune_runtime.panels import PanelWeight
 from depthprune_runtime.quantized import QuantizedWeight
+
+if TYPE_CHECKING:
+    from depthprune_runtime import _C
 
 
 def build_decode_step(decoder: Decoder, kv: Sequence[KVPair | None]) -> DecodeStep | None:
@@ -38,7 +41,7 @@ class DecodeStep:
     def __init__(self, module: Any, decoder: Decoder, kv: Sequence[KVPair | None]) -> None:
         self._module = module
         self._rotary: list[RotaryTable] = []
-        builder = module.StepBuilder(decoder.dtype, decoder.spec.hidden_size, decoder.spec.rms_norm_eps)
+        builder: _C.StepBuilder = module.StepBuilder(decoder.dtype, decoder.spec.hidden_size, decoder.spec.rms_norm_eps)
         for sublayer, pair in zip(decoder.sublayers, kv, strict=True):
             if isinstance(sublayer, Attention):
                 assert pair is not None
@@ -47,12 +50,11 @@ class DecodeStep:
                 builder.add_ffn(sublayer.norm, self._linear(sublayer.gate_up), self._linear(sublayer.down))
         embedding = self._linear(Linear(decoder.embed_tokens))
         builder.set_ends(embedding, decoder.norm, self._linear(decoder.lm_head))
-        self._step = module.DecodeStep(builder)
+        self._step: _C.DecodeStep = module.DecodeStep(builder)
 
     @property
     def max_tokens(self) -> int:
-        most: int = self._step.max_tokens()
-        return most
+        return self._step.max_tokens()
 
     def logits(
         self,
@@ -63,10 +65,7 @@ class DecodeStep:
         paged = batch.paged
         assert paged is not None
         tables = [table.rows(batch.max_position + 1) for table in self._rotary]
-        out: Tensor = self._step.run(
-            ids, batch.positions, paged.slot_mapping, paged.block_tables, paged.context_lens, tables
-        )
-        return out
+        return self._step.run(ids, batch.positions, paged.slot_mapping, paged.block_tables, paged.context_lens, tables)
 
     def greedy_tokens(
         self,
@@ -83,10 +82,9 @@ class DecodeStep:
         than `seconds` after the first. Releases the GIL.
         """
         tables = [table.rows(int(positions.max()) + steps) for table in self._rotary]
-        out: Tensor = self._step.ahead(ids, positions, block_tables, tables, stop_ids, steps, seconds)
-        return out
+        return self._step.ahead(ids, positions, block_tables, tables, stop_ids, steps, seconds)
 
-    def _add_attention(self, builder: Any, sublayer: Attention, pair: KVPair) -> None:
+    def _add_attention(self, builder: _C.StepBuilder, sublayer: Attention, pair: KVPair) -> None:
         if sublayer.rotary not in self._rotary:
             self._rotary.append(sublayer.rotary)
         builder.add_attention(
@@ -105,7 +103,7 @@ class DecodeStep:
             v_cache=pair[1],
         )
 
-    def _linear(self, linear: Linear) -> Any:
+    def _linear(self, linear: Linear) -> _C.StepLinear:
         weight = linear.weight
         rows, columns = weight.shape
         if isinstance(weight, QuantizedWeight):
@@ -115,4 +113,5 @@ class DecodeStep:
             parts, bits, group_size = [weight.panels], 16, 0
         else:
             parts, bits, group_size = [weight], 0, 0
-        return self._module.StepLinear(parts, linear.bias, rows, columns, bits, group_size)
+        step_linear: _C.StepLinear = self._module.StepLinear(parts, linear.bias, rows, columns, bits, group_size)
+        return step_linear

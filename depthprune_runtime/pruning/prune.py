@@ -90,14 +90,32 @@ def prune(
 ) -> PruneResult:
     """Prune `model` with `method` and write one self-contained file to `output`.
 
-    model: our file, a Hugging Face folder or hub id, or a GGUF file; exactly one of blocks (so many blocks
-    fewer; for FinerCut their parameters), sublayers (FinerCut) and sparsity (least share of parameters to remove,
-    embeddings included); repair: `ridge` (default), `none`, or RepairOptions; calibration: a named text
-    (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn by `seed` (None: the first ones), `samples` of
-    `seq_len` tokens (default: what suits the method, and the repair); dtype: of the output, default the source's;
-    max_shard_size: bytes, or text such as `5GB`, above which the weights go to several files beside `output`;
-    overwrite: let `output` replace a file that is there, but never one of the model's own; options: of the method, see
-    `options`. Raises InputError before any long work where that is possible, and leaves no partial file.
+    Exactly one of blocks, sublayers and sparsity says how much goes.
+
+    Args:
+        model: our file, a Hugging Face folder or hub id, or a GGUF file.
+        output: the file to write.
+        method: `shortgpt`, `finercut` or `flattengpt`.
+        blocks: so many blocks fewer; for FinerCut their parameters.
+        sublayers: so many sub-layers fewer, FinerCut only.
+        sparsity: the least share of parameters to remove, embeddings included.
+        repair: `ridge`, `none`, or RepairOptions.
+        calibration: a named text (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn.
+        samples: windows; by default what suits the method, and the repair.
+        seq_len: tokens in each; likewise.
+        seed: which windows are drawn; None takes the first ones.
+        device: `auto` is CUDA where there is one.
+        dtype: of the output; by default the source's.
+        max_shard_size: bytes, or text such as `5GB`, above which the weights go to several files beside `output`.
+        overwrite: let `output` replace a file that is there, but never one of the model's own.
+        progress: bars on stderr; by default none.
+        **options: fields of the method's options, such as `ShortGPTOptions`.
+
+    Returns:
+        The plan, and the specs before and after.
+
+    Raises:
+        InputError: before any long work where that is possible. No partial file is left.
     """
     progress = progress or Progress()
     path = as_path(output, "output")
@@ -253,7 +271,22 @@ def import_model(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DecoderSpec:
-    """Write dense `model` unchanged as one self-contained file of our own; overwrite: as in `prune`."""
+    """Write dense `model` unchanged as one self-contained file of our own.
+
+    Args:
+        model: a Hugging Face folder or hub id, a GGUF file, or our file.
+        output: the file to write.
+        dtype: of the output; by default the source's.
+        max_shard_size: as in `prune`.
+        overwrite: as in `prune`.
+        progress: bars on stderr; by default none.
+
+    Returns:
+        The model's spec.
+
+    Raises:
+        InputError: where the source or the output will not do.
+    """
     path = as_path(output, "output")
     max_shard_size = parse_size(max_shard_size)
     checkpoint = open_checkpoint(model, resolve_dtype(dtype))

@@ -97,13 +97,30 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise every projection of `model`, dense or pruned, and write one self-contained file to `output`.
 
-    model: our file, a Hugging Face folder or hub id, or a GGUF file; bits: 8 or 4; group_size: inputs that share a
-    scale, 32, 64 or 128 (default 64 at 8 bits, 32 at 4); symmetric: no zero points; method: `rtn` (round to nearest),
-    `gptq`, or `auto` (gptq at 4 bits); mend: with gptq, solve output projections anew before they are rounded, against
-    the errors before them; lm_head_bits: of the head, which is the embedding where that is tied, always by rtn; 16
-    leaves it as it is; calibration, samples, seq_len, seed: what gptq sees, as in `prune`; dtype: of what stays dense,
-    default the source's; max_shard_size, overwrite: as in `prune`. Raises InputError before any long work where that is
-    possible, and leaves no partial file.
+    Args:
+        model: our file, a Hugging Face folder or hub id, or a GGUF file.
+        output: the file to write.
+        bits: 8 or 4.
+        group_size: inputs that share a scale, 32, 64 or 128; by default 64 at 8 bits, 32 at 4.
+        symmetric: no zero points.
+        method: `rtn` (round to nearest), `gptq`, or `auto`: gptq at 4 bits, rtn at 8.
+        mend: with gptq, solve output projections anew before they are rounded, against the errors before them.
+        lm_head_bits: of the head, always by rtn; 16 leaves it as it is. Where embeddings are tied, it is the embedding.
+        calibration: what gptq sees, as in `prune`.
+        samples: likewise.
+        seq_len: likewise.
+        seed: likewise.
+        device: `auto` is CUDA where there is one.
+        dtype: of what stays dense; by default the source's.
+        max_shard_size: as in `prune`.
+        overwrite: as in `prune`.
+        progress: bars on stderr; by default none.
+
+    Returns:
+        The method that was used, and bytes before and after.
+
+    Raises:
+        InputError: before any long work where that is possible. No partial file is left.
     """
     progress = progress or Progress()
     path = as_path(output, "output")

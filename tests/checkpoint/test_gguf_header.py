@@ -94,6 +94,24 @@ def test_a_header_cut_anywhere_is_one_line(tmp_path):
             read_gguf_header(tmp_path / "cut.gguf")
 
 
+def test_data_that_does_not_follow_the_header_is_one_line(tmp_path):
+    whole = write_gguf(pico.build_model("llama", num_hidden_layers=1), tmp_path / "m.gguf").read_bytes()
+    place = whole.index(b"output_norm.weight") + 18 + 4 + 8  # its type, then its offset
+    (offset,) = struct.unpack_from("<Q", whole, place + 4)
+    start = min(t.offset for t in read_gguf_header(tmp_path / "m.gguf").tensors.values())
+    shifted = whole[:start] + bytes(32) + whole[start:]  # the data of another alignment
+    halves = whole[:place] + struct.pack("<I", 1) + whole[place + 4 :]  # half as many bytes: a gap behind them
+    moved = whole[: place + 4] + struct.pack("<Q", offset - 32) + whole[place + 12 :]
+    for damaged, message in (
+        (shifted, rf"expected {len(whole):,} bytes, got {len(whole) + 32:,}"),
+        (halves, r"expected offset [\d,]+, where the one before ends"),
+        (moved, rf"output_norm\.weight: expected offset {offset:,}, .* got {offset - 32:,}"),
+    ):
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"damaged\.gguf: damaged.*{message}"):
+            open_checkpoint(tmp_path / "damaged.gguf")
+
+
 def change(**metadata):
     return {f"llama.{key.replace('__', '.')}": value for key, value in metadata.items()}
 

@@ -38,4 +38,4 @@ def test_the_kernels_are_bound() -> None:
 
 def test_every_implementation_has_cases() -> None:
     missing = [op for op in NATIVE if op not in CASES]
-    assert not missing, f"tests/op_cases.py: add a line for each of {missing}"
+    assert not missing, f"tests/helpers/op_cases.py: add a line for each of {missing}"

@@ -1,5 +1,5 @@
-// Intel AMX in plain code, in the place of the compiler's functions: what csrc/cpu/amx.h takes in tests. A tile that was
-// not configured, and a row outside of its tile, stop the process.
+// Intel AMX in plain code, in the place of the compiler's functions: what csrc/cpu/simd/amx.h takes in tests. A tile
+// that was not configured, and a row outside of its tile, stop the process.
 #pragma once
 
 #include <cstdint>

@@ -28,7 +28,7 @@ def compile_all(sources: list[Path], folder: Path, flags: list[str]) -> list[Pat
     includes += [f"-isystem{path}" for path in cpp_extension.include_paths()]
 
     def one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
+        target = folder / f"{'-'.join(source.relative_to(ROOT).with_suffix('').parts)}.o"
         subprocess.run(["g++", *flags, *includes, "-fPIC", "-c", str(source), "-o", str(target)], check=True)
         return target
 
@@ -43,13 +43,13 @@ def link(objects: list[Path], target: Path, flags: list[str], libraries: list[st
 
 
 def core() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    return sorted((ROOT / "csrc" / "cpu").glob("*/*.cpp"))
 
 
 def thread() -> int:
     folder = ROOT / "build" / "sanitize-thread"
     flags = [*FLAGS, "-fsanitize=thread", "-DDEPTHPRUNE_STD_THREADS", "-fopenmp-simd"]
-    sources = [p for p in core() if not p.stem.endswith("_binding")] + [ROOT / "tests/native/decode_step_threads.cpp"]
+    sources = [p for p in core() if p.stem != "binding"] + [ROOT / "tests/native/decode_step_threads.cpp"]
     program = folder / "decode_step_threads"
     link(compile_all(sources, folder, flags), program, flags, ["torch_cpu", "c10"])
     return subprocess.run([str(program)], check=False, env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}).returncode

@@ -71,7 +71,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ff
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 
-inline int emulation_order = 0;  // 0 forwards, 1 backwards, else the seed of a random order for every round
+inline int emulation_order = 0;         // 0 forwards, 1 backwards, else the seed of a random order for every round
 inline bool emulation_refuses = false;  // every launch
 
 namespace emulation {

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/decode_step.h"
+#include "cpu/step/step.h"
 
 using namespace depthprune;
 
@@ -118,8 +118,8 @@ std::vector<float> decode(int bits, int64_t tokens, int64_t context, int threads
       slots[t] = tables[t * width + positions[t] / kBlockSize] * kBlockSize + positions[t] % kBlockSize;
       lengths[t] = positions[t] + 1;
     }
-    const StepInputs inputs{
-        tokens, ids.data(), positions.data(), slots.data(), tables.data(), width, lengths.data(), {cos_sin.data()}};
+    const StepInputs inputs{tokens,        ids.data(), positions.data(), slots.data(),
+                            tables.data(), width,      lengths.data(),   {cos_sin.data()}};
     std::vector<float> logits(tokens * kVocabulary);
     step.run(inputs, logits.data(), threads);
     all.insert(all.end(), logits.begin(), logits.end());

@@ -67,7 +67,7 @@ def in_one(sources: list[Path]) -> str:
 
 def digest() -> str:
     """Of all that the library is made of; what has not changed is not built again."""
-    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h") or p in BINDINGS]
+    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".inc") or p in BINDINGS]
     files += [*HERE.rglob("*.h"), Path(__file__)]
     found = hashlib.sha256(torch.__version__.encode())
     for path in sorted(files):

@@ -22,12 +22,18 @@ def test_every_name_is_defined_once() -> None:
 @pytest.mark.parametrize(
     ("file", "names"),
     [
-        ("rows_of.h", ["depthprune::with_rows(const at::Tensor&)", "depthprune::rows_of(const at::Tensor&)"]),
-        ("cpu/linear.cpp", ["depthprune::linear_kernel(Dtype, int64_t)"]),
-        ("cpu/decode_step.h", ["depthprune::DecodeStep", "depthprune::FfnLayer"]),
-        ("cpu/norm.cpp", ["depthprune::norm_plain(const Norm&, int64_t, int64_t)"]),
+        (
+            "common/row_strides_of.h",
+            ["depthprune::with_row_strides(const at::Tensor&)", "depthprune::row_strides_of(const at::Tensor&)"],
+        ),
+        ("cpu/rows/op.cpp", ["depthprune::linear_kernel(Dtype, int64_t)"]),
+        ("cpu/step/step.h", ["depthprune::DecodeStep", "depthprune::FfnLayer"]),
+        ("cpu/pointwise/norm.cpp", ["depthprune::norm_plain(const Norm&, int64_t, int64_t)"]),
         ("cuda/norm.h", ["depthprune::cuda::Norm"]),
-        ("cpu/attention_v4.cpp", ["depthprune::attention::attend_v4(const Problem&, const Task&, Scratch&, float*)"]),
+        (
+            "cpu/attention/avx512.cpp",
+            ["depthprune::attention::attend_avx512(const Problem&, const Task&, Scratch&, float*)"],
+        ),
     ],
 )
 def test_definitions_are_found(file: str, names: list[str]) -> None:
@@ -35,7 +41,11 @@ def test_definitions_are_found(file: str, names: list[str]) -> None:
 
 
 def test_what_an_anonymous_namespace_holds_is_its_files_own() -> None:
-    assert not {name for name in definitions(CSRC / "cpu" / "norm.cpp") if "square_sum" in name or "::run(" in name}
+    assert not {
+        name
+        for name in definitions(CSRC / "cpu" / "pointwise" / "norm.cpp")
+        if "square_sum" in name or "::run(" in name
+    }
 
 
 def test_a_clash_is_found(tmp_path: Path) -> None:

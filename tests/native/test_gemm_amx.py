@@ -1,4 +1,4 @@
-"""The AMX matrix product on any machine with AVX-512 BF16: csrc/cpu/gemm_amx.cpp over an emulation of the tiles.
+"""The AMX matrix product on any machine with AVX-512 BF16: csrc/cpu/panels/amx.cpp over an emulation of the tiles.
 
 Where a machine has AMX, tests/ops run the real thing.
 """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HARNESS = """
 #include <initializer_list>
 
-#include "cpu/gemm.h"
+#include "cpu/panels/panels.h"
 // Outputs in two pieces where they are enough, and tokens.
 extern "C" void gemm(const void* x, const void* panels, const void* ups, const void* bias, void* out, long tokens,
                      long in_features, long out_features, long x_stride, bool gated) {
@@ -59,7 +59,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Product:
     harness.write_text(HARNESS)
     header = ROOT / "tests" / "native" / "amx_emulation.h"
     command = ["g++", "-std=c++20", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    command += [f'-DDEPTHPRUNE_AMX_EMULATION="{header}"', str(harness), str(ROOT / "csrc/cpu/gemm_amx.cpp")]
+    command += [f'-DDEPTHPRUNE_AMX_EMULATION="{header}"', str(harness), str(ROOT / "csrc/cpu/panels/amx.cpp")]
     done = subprocess.run([*command, "-o", str(folder / "amx.so")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(folder / "amx.so"))

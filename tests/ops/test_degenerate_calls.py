@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "degenerate_calls.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "degenerate_calls.py"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: the calls cannot be kept apart")

@@ -27,10 +27,8 @@ METHODS = [
 @pytest.fixture(scope="module")
 def nan_model(tmp_path_factory):
     """One NaN in the FFN of block 2."""
-    model = pico.build_model("llama", num_hidden_layers=4)
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight[3, 5] = math.nan
-    return pico.save(model, tmp_path_factory.mktemp("nan"))
+    folder = pico.save(pico.build_model("llama", num_hidden_layers=4), tmp_path_factory.mktemp("nan"))
+    return pico.save_damaged(folder, folder / "nan.model", "sublayers.5.down_proj.weight", math.nan)
 
 
 @pytest.fixture(scope="module")

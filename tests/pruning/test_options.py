@@ -44,7 +44,7 @@ def test_defaults_of_the_repair():
         "samples": None,
         "seq_len": None,
     }
-    assert REPAIR_WINDOWS == (128, 512)
+    assert REPAIR_WINDOWS == (128, 512)  # what None stands for
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])

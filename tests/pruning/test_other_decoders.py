@@ -355,6 +355,7 @@ def test_bad_models(tmp_path):
         refused(message)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     refused("truncated or not a safetensors file")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     for tokenizer, message in [(None, "carries no tokenizer"), ("{", "its tokenizer cannot be read")]:
         if tokenizer is not None:
             (tmp_path / "tokenizer.json").write_text(tokenizer)

@@ -203,6 +203,7 @@ def test_killed_while_writing_it_leaves_what_was_there(pico_file, tmp_path, meth
         shutil.copy(pico_file, target)
     amount = ["--sublayers", "3"] if method == "finercut" else ["--blocks", "2"]
     arguments = ["prune", pico_file, "-o", target, "--method", method, *amount, "--samples", "8", "--seq-len", "48"]
+    arguments += ["--force"] if before == "a model" else []
     command = [sys.executable, "-c", STOPS_WHILE_WRITING, "20", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
@@ -217,5 +218,5 @@ def test_killed_while_writing_it_leaves_what_was_there(pico_file, tmp_path, meth
     else:
         assert left == [target]
         assert target.read_bytes() == pico_file.read_bytes()
-    prune(pico_file, target, method, **METHODS[method], **SMALL)
+    prune(pico_file, target, method, overwrite=True, **METHODS[method], **SMALL)
     assert open_checkpoint(target).plan["method"] == method

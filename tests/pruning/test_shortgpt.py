@@ -172,11 +172,10 @@ def test_impossible_requests(pico_file, options, message):
 
 
 def test_damaged_weights_are_named(tmp_path):
-    model = pico.build_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0] = float("inf")
-    checkpoint = open_checkpoint(pico.save(model, tmp_path))
-    with pytest.raises(InputError, match=r"blocks \[1, 2\] are not finite"), torch.inference_mode():
+    folder = pico.save(pico.build_model("llama"), tmp_path)
+    damaged = pico.save_damaged(folder, tmp_path / "damaged", "sublayers.3.down_proj.weight", float("inf"))
+    checkpoint = open_checkpoint(damaged)
+    with pytest.raises(InputError, match=r"\(block 1\) holds infinite or NaN weights"), torch.inference_mode():
         plan_shortgpt(checkpoint, 1, CalibrationSet(WINDOWS, {}), CPU, torch.float32)
 
 

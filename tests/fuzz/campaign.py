@@ -1,0 +1,181 @@
+"""Formats by name, their originals, and running mutants of them."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fuzz.folder_mutants import folder_mutant
+from fuzz.gguf_mutants import gguf_mutant
+from fuzz.mutation import Mutant
+from fuzz.native_mutants import EXTRAS, native_mutant
+from fuzz.originals import Original, build
+from fuzz.request_mutants import request_mutant
+from fuzz.sandbox import Report, run_child
+from fuzz.state_mutants import other_mutant, state_mutant
+from fuzz.uses import Observation, use_model, use_other, use_request, use_state, warm_parser
+from fuzz.verdicts import Verdict, judge
+
+# format -> (its mutator, share of a campaign)
+FORMATS: dict[str, tuple[Callable[..., Mutant], float]] = {
+    "native": (native_mutant, 0.22),
+    "shards": (native_mutant, 0.10),
+    "quantized": (native_mutant, 0.08),
+    "huggingface": (folder_mutant, 0.20),
+    "gguf": (gguf_mutant, 0.18),
+    "state": (state_mutant, 0.05),
+    "requests": (request_mutant, 0.14),
+    "other": (other_mutant, 0.03),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A mutant's verdict, in what can cross to another process."""
+
+    format: str
+    seed: int
+    mutant: str
+    verdict: Verdict
+    seconds: float
+
+
+class Bench:
+    """A warm process that runs mutants one by one, each in a child. `close` removes its files."""
+
+    def __init__(self, originals: dict[str, list[Original]] | None = None) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        memory = Path("/dev/shm")
+        place = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+        self._folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=place))
+        self._runtimes: dict[str, Any] = {}
+        self.originals: dict[str, list[Original]] = {} if originals is None else originals
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def prepare(self) -> None:
+        """Build the originals and see what each gives unchanged."""
+        import torch
+
+        torch.set_num_threads(1)
+        warm_parser()
+        made = run_child(lambda: build(self._fresh()))
+        if made.end != "done":
+            raise RuntimeError(f"the originals cannot be built: {made.error or made.printed}")
+        for original in made.value:
+            self.originals.setdefault(original.format, []).append(original)
+        for original in made.value:
+            original.baseline = self._unchanged(original)
+        for original in (self.originals["native"][0], self.originals["gguf"][0]):
+            for extra in EXTRAS:
+                self._warm(replace(self._plain(original), extra=extra))
+        gc.collect()
+        gc.freeze()
+
+    @staticmethod
+    def _plain(original: Original) -> Mutant:
+        """A mutant without a mutation."""
+        if original.format == "requests":
+            plain = {"kind": "engine", "prompt": [5, 6], "params": {"max_tokens": 2}, "request": {}}
+            return Mutant(original.format, -1, original.name, (), payload=plain)
+        return Mutant(original.format, -1, original.name, (), original.files, original.target)
+
+    def _unchanged(self, original: Original) -> Observation:
+        """What `original` gives."""
+        report = self._warm(self._plain(original))
+        seen: Observation = report.value
+        if report.end != "done" or seen.refused or seen.complaints or not seen.results:
+            raise RuntimeError(f"{original.format} {original.name}: unchanged it gives {report}")
+        return seen
+
+    def _warm(self, mutant: Mutant) -> Report:
+        """Run `mutant` and import here what its child had to import, so that no other child reads it again."""
+        report = self.run(mutant, modules=True)
+        if report.end != "done":
+            return report
+        report.value, modules = report.value
+        for name in modules:
+            if name not in sys.modules and name.split(".")[0] not in ("__main__", "__mp_main__", "triton"):
+                try:
+                    importlib.import_module(name)
+                except Exception:  # made by their packages on the way, not by import
+                    continue
+        return report
+
+    def _fresh(self) -> Path:
+        folder = self._folder / "work"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def _runtime(self, original: Original) -> Any:
+        """Loaded once here, on one thread; children inherit it."""
+        from depthprune_runtime import Runtime
+
+        if original.name not in self._runtimes:
+            path = self._fresh() / original.target
+            path.write_bytes(original.files[original.target])
+            self._runtimes[original.name] = Runtime.load(path, device="cpu")
+        return self._runtimes[original.name]
+
+    def original(self, mutant: Mutant) -> Original:
+        return next(o for o in self.originals[mutant.format] if o.name == mutant.original)
+
+    def mutant(self, format: str, seed: int) -> Mutant:
+        """Mutant number `seed` of `format`."""
+        original = random.Random(f"{format} {seed}").choice(self.originals[format])
+        maker, _ = FORMATS[format]
+        return maker(format, seed, original.name, original.files)
+
+    def run(self, mutant: Mutant, modules: bool = False) -> Report:
+        """What becomes of a child that uses `mutant`; modules: its value comes with the names of all modules."""
+        work = self._work(mutant)
+        return run_child((lambda: (work(), sorted(sys.modules))) if modules else work)
+
+    def _work(self, mutant: Mutant) -> Callable[[], Observation]:
+        """Its files, written; what the child is to do with them."""
+        original = self.original(mutant)
+        if mutant.format == "requests":
+            runtime = self._runtime(original)
+            return lambda: use_request(runtime, mutant.payload)
+        folder = self._fresh()
+        place = folder / "model"
+        place.mkdir()
+        for name, data in mutant.files.items():
+            (place / name).write_bytes(data)
+        for name, data in original.beside.items():
+            (folder / name).write_bytes(data)
+        path = place if mutant.target == "." else place / mutant.target
+        uses: dict[str, Callable[[], Observation]] = {
+            "state": lambda: use_state(path, folder, original.name == "fast"),
+            "other": lambda: use_other(path, folder),
+        }
+        return uses.get(mutant.format, lambda: use_model(path, folder, mutant.extra, mutant.chats))
+
+    def result(self, format: str, seed: int) -> Result:
+        mutant = self.mutant(format, seed)
+        report = self.run(mutant)
+        verdict = judge(report, mutant, self.original(mutant))
+        return Result(format, seed, str(mutant), verdict, report.seconds)
+
+
+def schedule(mutants: int, start: int = 0, formats: list[str] | None = None) -> Iterator[tuple[str, int]]:
+    """(format, seed) of a campaign, formats in turn by their shares; seeds of each from `start`."""
+    chosen = {name: share for name, (_, share) in FORMATS.items() if formats is None or name in formats}
+    whole = sum(chosen.values())
+    done = dict.fromkeys(chosen, 0)
+    for number in range(1, mutants + 1):
+        name = max(chosen, key=lambda n: chosen[n] / whole * number - done[n])
+        yield name, start + done[name]
+        done[name] += 1
