@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from common import append_rows, environment, print_json
 
-from depthprune_runtime import Runtime, import_model, ops, perplexity
+from depthprune_runtime import Runtime, import_model, perplexity
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
-from depthprune_runtime.model.linear import embedding
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.calibrator import Calibrator
 from depthprune_runtime.pruning.distances import OutputDistance
@@ -44,14 +43,13 @@ def plain_loop(decoder: Decoder, windows: torch.Tensor, count: int) -> tuple[lis
     """(ranking, sub-layers run over the whole calibration set): every candidate from its first sub-layer."""
     total = len(decoder.sublayers)
     batch = packed([windows.shape[1]] * windows.shape[0], CPU)
-    eps = decoder.spec.rms_norm_eps
 
     def final(gone: list[int]) -> torch.Tensor:
-        states = embedding(windows.flatten(), decoder.embed_tokens, decoder.dtype)
+        states = decoder.embed(windows.flatten())
         for index, sublayer in enumerate(decoder.sublayers):
             if index not in gone:
-                states += sublayer(ops.rms_norm(states, sublayer.norm, eps), batch)
-        return ops.rms_norm(states, decoder.norm, eps)
+                states += sublayer(states, batch)
+        return decoder.final(states)
 
     distance = OutputDistance(DISTANCE, windows, final([]), decoder.logits)
     gone: list[int] = []

@@ -191,6 +191,24 @@ def test_importing_prints_nothing_and_starts_no_gpu():
     assert run(code + "print(torch.cuda.is_initialized())").strip() == "False"
 
 
+CALLED_IN = {  # method or op -> the only modules of the package that call it, ops aside
+    "rms_norm": {"model/sublayers.py"},
+    "add_rms_norm": {"model/sublayers.py"},
+    "project": {"model/sublayers.py", "pruning/stream.py"},
+    "leave": {"model/sublayers.py", "pruning/stream.py"},
+}
+
+
+def test_the_forward_pass_of_a_sublayer_is_written_once():
+    """`Sublayer` and `Stream` run one; only the steps in one C++ call and of fused ops do so in their own way."""
+    found: dict[str, set[str]] = {name: set() for name in CALLED_IN}
+    for path in (p for p in FILES if room(p) != "ops"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in found:
+                found[node.func.attr].add(str(path.relative_to(PACKAGE)))
+    assert found == CALLED_IN
+
+
 # Folder of csrc -> folders whose headers it may include, besides its own.
 MAY_INCLUDE = {
     ".": {"cpu/simd", "cpu/step"},

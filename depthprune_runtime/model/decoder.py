@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.linear import Linear, Weight, embedding
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.model.sublayers import Attention, KVPair, Sublayer, build_sublayer, plain
+from depthprune_runtime.model.sublayers import Attention, KVPair, Sublayer, build_sublayer, normalised, plain
 from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 
@@ -80,6 +79,14 @@ class Decoder:
         weights = (projection.weight for projection in projections)
         return all(weight.rounds_inputs for weight in weights if isinstance(weight, QuantizedWeight))
 
+    def embed(self, ids: Tensor) -> Tensor:  # [T] int64 -> [T, C]
+        """The residual stream that enters the first sub-layer."""
+        return embedding(ids, self.embed_tokens, self.dtype)
+
+    def final(self, residual: Tensor, out: Tensor | None = None) -> Tensor:  # [T, C] -> [T, C]
+        """The last norm, what `logits` takes. out: of the last sub-layer, is added to `residual` first, in place."""
+        return normalised(residual, self.norm, self.spec.rms_norm_eps, out)
+
     def hidden_states(
         self,
         ids: Tensor,  # [T] int64
@@ -92,30 +99,20 @@ class Decoder:
         From the last attention's queries on, only the tokens of `select` are computed: no other token sees more of
         them than their keys and values.
         """
-        eps = self.spec.rms_norm_eps
         few = select if select is not None and select.shape[0] < ids.shape[0] else None
         if few is not None and self._last_attention < 0:
             ids = ids[few]
-        residual = embedding(ids, self.embed_tokens, self.dtype)
+        residual = self.embed(ids)
         out: Tensor | None = None
         for i, sublayer in enumerate(self.sublayers):
-            if out is None:
-                hidden = ops.rms_norm(residual, sublayer.norm, eps)
-            else:
-                hidden = ops.add_rms_norm(out, residual, sublayer.norm, eps)
-            pair = kv[i] if kv is not None else None
-            if few is not None and i == self._last_attention:
-                assert isinstance(sublayer, Attention)
-                out = sublayer.project(sublayer.inner(hidden, batch, pair, few))
-                residual = residual[few]
-            else:
-                out = sublayer(hidden, batch, pair)
+            here = few if i == self._last_attention else None
+            out = sublayer(residual, batch, kv[i] if kv is not None else None, out, here)
+            if here is not None:
+                residual = residual[here]
         if select is not None and few is None:
             residual = residual[select]
             out = out[select] if out is not None else None
-        if out is None:
-            return ops.rms_norm(residual, self.norm, eps)
-        return ops.add_rms_norm(out, residual, self.norm, eps)
+        return self.final(residual, out)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [T, C] -> [T, V]
         return self.lm_head(hidden)

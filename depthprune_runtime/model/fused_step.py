@@ -17,7 +17,6 @@ from torch import Tensor
 
 from depthprune_runtime import ops
 from depthprune_runtime.model.decoder import Decoder
-from depthprune_runtime.model.linear import embedding
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import FFN, Attention, KVPair
 
@@ -61,7 +60,7 @@ class FusedStep:
     def run(self, state: StepState) -> tuple[Tensor, Tensor, Tensor]:  # [B, V], [B, R], [B, R]
         """Logits, and what is left of their argmax (`ops.norm_logits`); keys and values go to the cache."""
         decoder = self._decoder
-        residual = embedding(state.ids, decoder.embed_tokens, decoder.dtype)
+        residual = decoder.embed(state.ids)
         for sublayer, pair in zip(decoder.sublayers, self._kv, strict=True):
             if isinstance(sublayer, Attention):
                 assert pair is not None

@@ -1,11 +1,14 @@
-"""The two residual sub-layers. Each maps normalised input to what is added to the residual stream.
+"""The two residual sub-layers. Each maps the residual stream to what is added to it:
 
-`inner` and `project` are apart because closed-form methods re-solve the projection from the inner
-activations: the heads' outputs of attention, psi of the FFN.
+    f(x) = leave(project(inner(enter(x))))
+
+`enter` is the norm. `inner` and `project` are apart because closed-form methods re-solve the projection from the inner
+activations: the heads' outputs of attention, psi of the FFN. `leave` is where a norm after the projection belongs.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -33,7 +36,60 @@ def linear(tensors: Mapping[str, Weight], name: str) -> Linear:
 KVPair = tuple[Tensor, Tensor]  # k_cache, v_cache: [N, P, K, D] each
 
 
-class Attention:
+def normalised(
+    residual: Tensor,  # [T, C]
+    weight: Tensor,  # [C]
+    eps: float,
+    out: Tensor | None = None,  # [T, C]: is added to `residual` first, in place
+) -> Tensor:  # [T, C]
+    """RMSNorm of the residual stream, in the dtype of `weight`; a wider stream is rounded after the norm only."""
+    gain = weight.to(residual.dtype)
+    if out is None:
+        return ops.rms_norm(residual, gain, eps).to(weight.dtype)
+    return ops.add_rms_norm(out, residual, gain, eps).to(weight.dtype)
+
+
+class _Residual(ABC):
+    """What both sub-layers do alike."""
+
+    norm: Tensor  # [C]
+    eps: float
+
+    def enter(self, residual: Tensor, out: Tensor | None = None) -> Tensor:  # [T, C] -> [T, C]
+        """What `inner` takes. out: of the sub-layer before, is added to the residual stream first, in place."""
+        return normalised(residual, self.norm, self.eps, out)
+
+    @abstractmethod
+    def inner(
+        self,
+        hidden: Tensor,  # [T, C]
+        batch: Batch,
+        kv: KVPair | None = None,
+        select: Tensor | None = None,  # [R] int64: tokens to return, all by default; all keys and values are written
+    ) -> Tensor:  # [T or R, width]
+        """Inner activations, what `project` takes."""
+
+    @abstractmethod
+    def project(self, inner: Tensor) -> Tensor:  # [T, width] -> [T, C]
+        """The output projection."""
+
+    def leave(self, out: Tensor) -> Tensor:  # [T, C] -> [T, C]
+        """What is added to the residual stream, from the projection's output."""
+        return out
+
+    def __call__(
+        self,
+        residual: Tensor,  # [T, C]
+        batch: Batch,
+        kv: KVPair | None = None,
+        out: Tensor | None = None,  # [T, C], see `enter`
+        select: Tensor | None = None,  # [R] int64, see `inner`
+    ) -> Tensor:  # [T or R, C]
+        """What the sub-layer adds to the residual stream."""
+        return self.leave(self.project(self.inner(self.enter(residual, out), batch, kv, select)))
+
+
+class Attention(_Residual):
     """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, spec: AttentionSpec, tensors: Mapping[str, Weight], eps: float, rotary: RotaryTable) -> None:
@@ -46,7 +102,7 @@ class Attention:
         self.rotary = rotary
         self.scale = spec.head_dim**-0.5
         self.window = spec.sliding_window or 0
-        self._eps = eps
+        self.eps = eps
 
     @property
     def output_weight(self) -> Tensor:  # [C, H D]
@@ -61,7 +117,7 @@ class Attention:
         hidden: Tensor,  # [T, C]
         batch: Batch,
         kv: KVPair | None = None,
-        select: Tensor | None = None,  # [R] int64: tokens to return, all by default; all keys and values are written
+        select: Tensor | None = None,  # [R] int64
     ) -> Tensor:  # [T or R, H D]
         spec = self.spec
         qkv = self.qkv(hidden)
@@ -71,12 +127,12 @@ class Attention:
         paged = batch.paged
         if paged is not None and kv is not None:
             ops.rotary_kv_write(
-                q, k, v, self.q_norm, self.k_norm, self._eps, table, batch.positions, *kv, paged.slot_mapping
+                q, k, v, self.q_norm, self.k_norm, self.eps, table, batch.positions, *kv, paged.slot_mapping
             )
         else:
             if self.q_norm is not None and self.k_norm is not None:
-                ops.head_rms_norm(q, self.q_norm, self._eps)
-                ops.head_rms_norm(k, self.k_norm, self._eps)
+                ops.head_rms_norm(q, self.q_norm, self.eps)
+                ops.head_rms_norm(k, self.k_norm, self.eps)
             ops.rotary(q, k, table, batch.positions)
         bounds = batch.cu_seqlens
         # A query alone reads its whole context again: worth it for no more than one a request.
@@ -97,18 +153,16 @@ class Attention:
     def project(self, inner: Tensor) -> Tensor:  # [T, H D] -> [T, C]
         return self.o(inner)
 
-    def __call__(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, C]
-        return self.project(self.inner(hidden, batch, kv))
 
-
-class FFN:
+class FFN(_Residual):
     """Gated FFN."""
 
-    def __init__(self, spec: FFNSpec, tensors: Mapping[str, Weight]) -> None:
+    def __init__(self, spec: FFNSpec, tensors: Mapping[str, Weight], eps: float) -> None:
         self.spec = spec
         self.norm = plain(tensors["norm.weight"])  # [C]
         self.gate_up = linear(tensors, "gate_up_proj")  # [2F, C], gate rows first
         self.down = linear(tensors, "down_proj")  # [C, F]
+        self.eps = eps
 
     @property
     def output_weight(self) -> Tensor:  # [C, F]
@@ -118,7 +172,15 @@ class FFN:
     def output_bias(self) -> Tensor | None:  # [C]
         return self.down.bias
 
-    def inner(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, F]
+    def inner(
+        self,
+        hidden: Tensor,  # [T, C]
+        batch: Batch,
+        kv: KVPair | None = None,
+        select: Tensor | None = None,  # [R] int64
+    ) -> Tensor:  # [T or R, F]
+        if select is not None:
+            hidden = hidden[select]
         weight = self.gate_up.weight
         if isinstance(weight, Tensor):
             return ops.gated_linear(hidden, weight, self.gate_up.bias)
@@ -131,9 +193,6 @@ class FFN:
     def project(self, inner: Tensor) -> Tensor:  # [T, F] -> [T, C]
         return self.down(inner)
 
-    def __call__(self, hidden: Tensor, batch: Batch, kv: KVPair | None = None) -> Tensor:  # [T, C] -> [T, C]
-        return self.project(self.inner(hidden, batch, kv))
-
 
 Sublayer = Attention | FFN
 
@@ -143,6 +202,6 @@ def build_sublayer(
 ) -> Sublayer:
     """Sub-layer over `tensors` (short names, see `tensor_shapes`); attention needs its rotary table."""
     if isinstance(spec, FFNSpec):
-        return FFN(spec, tensors)
+        return FFN(spec, tensors, eps)
     assert rotary is not None
     return Attention(spec, tensors, eps, rotary)

@@ -21,21 +21,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from depthprune_runtime import ops
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.progress import Advance
 from depthprune_runtime.pruning import linalg
 from depthprune_runtime.pruning import states as token_states
-from depthprune_runtime.pruning.calibration import CalibrationSet, window_batches
-from depthprune_runtime.pruning.finite import check_finite
+from depthprune_runtime.pruning.calibration import CalibrationSet
+from depthprune_runtime.pruning.finite import FiniteStates
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.states import TokenStates
+from depthprune_runtime.pruning.stream import Stream, embed
+from depthprune_runtime.spec import FFNSpec
 
 MAX_SPAN = 6  # blocks; longer spans are seldom cheap, and every length costs a regression a block
 _DIRECTIONS = 128  # of the residual stream that are looked at
@@ -138,7 +137,6 @@ class _Pass:
     def __init__(
         self, checkpoint: Checkpoint, windows: Tensor, device: torch.device, dtype: torch.dtype, kept: int
     ) -> None:
-        self._name = checkpoint.name
         self._spec = checkpoint.spec
         self._loader = SublayerLoader(self._spec, checkpoint.tensor, device, dtype)
         self._count, self._seq_len = windows.shape
@@ -147,30 +145,22 @@ class _Pass:
         self._limit = token_states.MEMORY_LIMIT // (2 * kept)
         self.entering = self._buffer(self._spec.hidden_size, torch.float32)
         self.inner: TokenStates | None = None  # psi of the FFN last run
-        table = self._loader.tensor("embed_tokens.weight")
-        for n, window in enumerate(windows):
-            self.entering.values[n] = embedding(window.to(device), table).float()
+        self._stream = Stream(self._seq_len, device, FiniteStates(self._loader, checkpoint.name))
+        embed(self._loader, windows, self.entering)
 
     def _buffer(self, width: int, dtype: torch.dtype) -> TokenStates:
         device = self._loader.device
-        return TokenStates(self._count, self._seq_len, width, device, self._batch_tokens, dtype, self._limit)
+        return TokenStates.empty(self._count, self._seq_len, width, device, self._batch_tokens, dtype, self._limit)
 
     def run(self, block: tuple[int, int]) -> None:
         """Go through one block; the states before it are left alone."""
+        attention, ffn = block
+        spec = self._spec.sublayers[ffn]
+        assert isinstance(spec, FFNSpec)
         after = self._buffer(self._spec.hidden_size, torch.float32)
-        after.copy_from(self.entering)
-        for i in block:
-            sublayer = self._loader.sublayer(i)
-            inner: TokenStates | None = None
-            for b in range(len(after)):
-                flat = after.batch(b)
-                hidden = ops.rms_norm(flat, sublayer.norm.float(), self._spec.rms_norm_eps).to(self._loader.dtype)
-                z = sublayer.inner(hidden, packed(window_batches(flat.shape[0], self._seq_len), self._loader.device))
-                if i == block[1]:
-                    inner = self._buffer(z.shape[1], z.dtype) if inner is None else inner
-                    inner.batch(b).copy_(z)
-                flat += sublayer.project(z).float()
-                check_finite(flat, self._loader, i, self._name)
+        self._stream.advance(attention, self._loader.sublayer(attention), self.entering, into=after)
+        inner = self._buffer(spec.intermediate_size, self._loader.dtype)
+        self._stream.advance(ffn, self._loader.sublayer(ffn), after, inner=inner)
         self.entering, self.inner = after, inner
 
 

@@ -12,23 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from depthprune_runtime import ops
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.pruning import states
-from depthprune_runtime.pruning.finite import check_finite
+from depthprune_runtime.pruning.finite import FiniteStates
+from depthprune_runtime.pruning.states import TokenStates
+from depthprune_runtime.pruning.stream import Stream, embed
 
 _BATCH_TOKENS = 4096  # tokens per forward pass, at most
 _RING = 3  # buffers: entering a block, between its sub-layers, leaving it
-
-
-def window_batches(tokens: int, seq_len: int) -> list[int]:
-    """Lengths of the whole windows in a batch of `tokens`."""
-    return [seq_len] * (tokens // seq_len)
 
 
 @dataclass(frozen=True)
@@ -103,18 +97,11 @@ def stream_hidden_states(
     loader = SublayerLoader(spec, checkpoint.tensor, device, dtype)
     limit = states.MEMORY_LIMIT // _RING
     at_once = states.batch_tokens(spec, _BATCH_TOKENS)
-    ring = [states.TokenStates(count, seq_len, spec.hidden_size, device, at_once, dtype, limit) for _ in range(_RING)]
-    table = loader.tensor("embed_tokens.weight")
-    for n, window in enumerate(windows):
-        ring[0].values[n] = embedding(window.to(device), table)
-    del table
+    shape = (count, seq_len, spec.hidden_size)
+    ring = [TokenStates.empty(*shape, device, at_once, dtype, limit) for _ in range(_RING)]
+    embed(loader, windows, ring[0])
+    stream = Stream(seq_len, device, FiniteStates(loader, checkpoint.name))
     for i in range(len(spec.sublayers)):
-        sublayer = loader.sublayer(i)
         entering, leaving = ring[i % _RING], ring[(i + 1) % _RING]
-        for b in range(len(entering)):
-            flat = entering.batch(b)
-            batch = packed(window_batches(flat.shape[0], seq_len), device)
-            out = leaving.batch(b)
-            torch.add(flat, sublayer(ops.rms_norm(flat, sublayer.norm, spec.rms_norm_eps), batch), out=out)
-            check_finite(out, loader, i, checkpoint.name)
-            yield i, flat.unflatten(0, (-1, seq_len)), out.unflatten(0, (-1, seq_len))
+        for b, _ in enumerate(stream.outputs(i, loader.sublayer(i), entering, leaving)):
+            yield i, entering.windows(b), leaving.windows(b)

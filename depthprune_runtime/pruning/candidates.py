@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from depthprune_runtime import ops
-from depthprune_runtime.model.batch import Batch, packed
 from depthprune_runtime.model.decoder import Decoder
-from depthprune_runtime.model.sublayers import plain
 from depthprune_runtime.pruning.distances import OutputDistance
 from depthprune_runtime.pruning.names import Distance
+from depthprune_runtime.pruning.states import TokenStates
+from depthprune_runtime.pruning.stream import Stream
 
 _BATCH_TOKENS = 4096  # tokens in one call of a sub-layer: enough for GEMM speed, small in activations
 _SWEEP_BYTES = 1 << 30  # hidden states of candidates that advance together
@@ -35,10 +33,10 @@ class CandidateScorer:
     def __init__(self, decoder: Decoder, windows: Tensor, distance: Distance) -> None:  # windows [N, S] int64
         self._decoder = decoder
         self._windows = windows.shape[0]
-        self._batches: dict[int, Batch] = {}
+        self._stream = Stream(windows.shape[1], decoder.device)  # a candidate that overflows has an infinite distance
         self._passes = 0  # sub-layers run over one window each
         self.remaining = list(range(len(decoder.sublayers)))
-        states = embedding(windows.to(decoder.device), plain(decoder.embed_tokens))  # [N, S, C]
+        states = decoder.embed(windows.flatten().to(decoder.device)).unflatten(0, windows.shape)  # [N, S, C]
         self._per_sweep = max(1, _SWEEP_BYTES // (states.numel() * states.element_size()))
         # [N, S, C] entering a sub-layer, by its number; current for the first `_filled` of `remaining`
         self._entering: dict[int, Tensor] = {0: states}
@@ -60,23 +58,13 @@ class CandidateScorer:
         whole, rest = divmod(self._passes, self._windows)
         return self._passes / self._windows if rest else whole
 
-    def _batch(self, sequences: int, length: int) -> Batch:
-        if sequences not in self._batches:
-            self._batches[sequences] = packed([length] * sequences, self._decoder.device)
-        return self._batches[sequences]
-
     def _advance(self, index: int, states: Tensor) -> None:  # [k * N, S, C], in place
         """Run sub-layer `index` on the residual streams of k copies of the calibration set."""
-        sublayer = self._decoder.sublayers[index]
-        length = states.shape[1]
-        for part in states.split(max(1, _BATCH_TOKENS // length)):
-            flat = part.view(-1, part.shape[-1])
-            hidden = ops.rms_norm(flat, sublayer.norm, self._decoder.spec.rms_norm_eps)
-            flat += sublayer(hidden, self._batch(part.shape[0], length))
+        self._stream.advance(index, self._decoder.sublayers[index], TokenStates(states, _BATCH_TOKENS))
         self._passes += states.shape[0]
 
     def _final(self, states: Tensor) -> Tensor:  # [N, S, C] -> [N * S, C]
-        return ops.rms_norm(states.flatten(0, 1), self._decoder.norm, self._decoder.spec.rms_norm_eps)
+        return self._decoder.final(states.flatten(0, 1))
 
     def _fill(self, count: int) -> None:
         """Make the prefixes of the first `count` remaining sub-layers current."""

@@ -42,13 +42,18 @@ def scratch_tensor(
 
 
 class TokenStates:
-    """[N, S, width] values, handled in batches of whole windows.
+    """Values of all calibration tokens, handled in batches of whole windows.
 
-    batch_tokens: at most so many in a batch (but at least one window); limit: bytes above which they go to disk.
+    values: [N, S, width], contiguous; batch_tokens: at most so many in a batch, but at least one window.
     """
 
-    def __init__(
-        self,
+    def __init__(self, values: Tensor, batch_tokens: int = _MAX_BATCH_TOKENS) -> None:
+        self.values = values
+        self._per_batch = max(1, batch_tokens // values.shape[1])
+
+    @classmethod
+    def empty(
+        cls,
         windows: int,
         seq_len: int,
         width: int,
@@ -56,18 +61,22 @@ class TokenStates:
         batch_tokens: int = _MAX_BATCH_TOKENS,
         dtype: torch.dtype = torch.float32,
         limit: int | None = None,
-    ) -> None:
-        self.values = scratch_tensor((windows, seq_len, width), dtype, device, limit)
-        self.seq_len = seq_len
-        self._per_batch = max(1, batch_tokens // seq_len)
+    ) -> TokenStates:
+        """Uninitialised values of `windows` windows. limit: bytes above which they go to disk."""
+        return cls(scratch_tensor((windows, seq_len, width), dtype, device, limit), batch_tokens)
 
     def __len__(self) -> int:
         """Number of batches."""
         return math.ceil(self.values.shape[0] / self._per_batch)
 
-    def batch(self, index: int) -> Tensor:  # [n * S, width], a view
+    def windows(self, index: int) -> Tensor:  # [n, S, width], a view
+        """Batch `index` window by window."""
         first = index * self._per_batch
-        return self.values[first : first + self._per_batch].flatten(0, 1)
+        return self.values[first : first + self._per_batch]
+
+    def batch(self, index: int) -> Tensor:  # [n * S, width], a view
+        """Batch `index` token by token."""
+        return self.windows(index).view(-1, self.values.shape[-1])
 
     def copy_from(self, other: TokenStates) -> None:
         self.values.copy_(other.values)

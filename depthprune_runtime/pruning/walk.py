@@ -18,18 +18,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from depthprune_runtime import ops
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.model.sublayers import Sublayer
 from depthprune_runtime.pruning import states as token_states
-from depthprune_runtime.pruning.finite import check_finite
+from depthprune_runtime.pruning.finite import FiniteStates
 from depthprune_runtime.pruning.names import Answers
 from depthprune_runtime.pruning.states import TokenStates
+from depthprune_runtime.pruning.stream import Stream, embed
 from depthprune_runtime.pruning.surgery import Piece
 from depthprune_runtime.spec import DecoderSpec
 
@@ -105,16 +103,16 @@ class Visit:
     sublayer: Sublayer
     states: TokenStates
     target: TokenStates
-    walk: Walk
+    stream: Stream
     edited: bool
 
     def hidden(self, batch: int) -> Tensor:  # [n * S, C]
         """What one batch's input projection sees: the normalised states."""
-        return self.walk.hidden(self.sublayer, self.states.batch(batch))
+        return self.sublayer.enter(self.states.batch(batch))
 
     def inner(self, batch: int) -> Tensor:  # [n * S, units * width]
         """Inner activations of one batch in the student: the heads' outputs, or psi."""
-        return self.walk.inner(self.sublayer, self.states.batch(batch))
+        return self.stream.inner(self.sublayer, self.states.batch(batch))
 
 
 Visitor = Callable[[Visit], Sublayer]
@@ -144,15 +142,14 @@ class Walk:
         if seq_len > context:
             raise InputError(f"seq_len: expected at most the model's context of {context}, got {seq_len}")
         self._windows = windows
-        self._name = teacher.name
         self._teacher = SublayerLoader(teacher.spec, teacher.tensor, device, dtype)
         self._student = SublayerLoader(student.spec, student.tensor, device, dtype)
         self._pieces = student.pieces
         self._segments = segments(student.pieces, len(teacher.spec.sublayers), answers_for)
-        self._eps = teacher.spec.rms_norm_eps
         self._shape = (count, seq_len, teacher.spec.hidden_size)
         self._device = device
-        self._dtype = dtype
+        self._teacher_stream = Stream(seq_len, device, FiniteStates(self._teacher, teacher.name))
+        self._student_stream = Stream(seq_len, device, FiniteStates(self._student, teacher.name))
         self._skip_equal = skip_equal
         self._batch_tokens = token_states.batch_tokens(student.spec)
         # of states: the teacher's, the student's, and a target for every further piece of a segment
@@ -165,35 +162,14 @@ class Walk:
 
     def _states(self) -> TokenStates:
         limit = token_states.MEMORY_LIMIT // self._buffers
-        return TokenStates(*self._shape, self._device, self._batch_tokens, limit=limit)
-
-    def hidden(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] float32 -> [n * S, C]
-        return ops.rms_norm(states, sublayer.norm.float(), self._eps).to(self._dtype)
-
-    def inner(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] float32 -> [n * S, width]
-        hidden = self.hidden(sublayer, states)
-        batch = packed([self._shape[1]] * (states.shape[0] // self._shape[1]), self._device)
-        return sublayer.inner(hidden, batch)
-
-    def _run(self, sublayer: Sublayer, states: Tensor) -> Tensor:  # [n * S, C] -> [n * S, C] float32
-        return sublayer.project(self.inner(sublayer, states)).float()
-
-    def _embed(self, loader: SublayerLoader, states: TokenStates) -> None:
-        table = loader.tensor("embed_tokens.weight")
-        for n, window in enumerate(self._windows):
-            states.values[n] = embedding(window.to(self._device), table).float()
+        return TokenStates.empty(*self._shape, self._device, self._batch_tokens, limit=limit)
 
     def _advance_teacher(self, segment: Segment, teacher: TokenStates, targets: Sequence[TokenStates]) -> None:
         """Run the segment's teacher sub-layers; targets[k] = start + outputs answered for after piece k."""
         for target in targets:
             target.copy_from(teacher)
         for i in segment.teacher:
-            sublayer = self._teacher.sublayer(i)
-            for b in range(len(teacher)):
-                states = teacher.batch(b)
-                out = self._run(sublayer, states)
-                states += out
-                check_finite(states, self._teacher, i, self._name)
+            for b, out in enumerate(self._teacher_stream.outputs(i, self._teacher.sublayer(i), teacher)):
                 for target, answered in zip(targets, segment.answered, strict=False):
                     if i in answered:
                         target.batch(b).add_(out)
@@ -201,11 +177,11 @@ class Walk:
     def run(self, visitor: Visitor, advance: Callable[[], None] = lambda: None) -> None:
         """Walk to the end."""
         teacher, student = self._states(), self._states()
-        self._embed(self._teacher, teacher)
+        embed(self._teacher, self._windows, teacher)
         extra = [self._states() for _ in range(self._buffers - 2)]
         equal = self._skip_equal
         if not equal:
-            self._embed(self._student, student)  # its table may differ: a tied one is quantised with the head
+            embed(self._student, self._windows, student)  # its table may differ: a tied one is quantised with the head
         for segment in self._segments:
             if equal and not segment.untouched(self._pieces):
                 student.copy_from(teacher)
@@ -220,10 +196,7 @@ class Walk:
                 target = targets[k] if k < len(targets) else teacher  # the last one ends where the teacher is
                 sublayer = self._student.sublayer(index)
                 edited = not segment.untouched(self._pieces)
-                visit = Visit(index, self._pieces[index], sublayer, student, target, self, edited)
+                visit = Visit(index, self._pieces[index], sublayer, student, target, self._student_stream, edited)
                 sublayer = visitor(visit)
-                for b in range(len(student)):
-                    states = student.batch(b)
-                    states += self._run(sublayer, states)
-                    check_finite(states, self._student, index, self._name)
+                self._student_stream.advance(index, sublayer, student)
             advance()

@@ -247,7 +247,7 @@ def test_large_buffers_live_in_files():
     large.fill_(3)
     assert float(large.sum()) == 150
     assert (small.shape, large.shape) == ((10, 4), (10, 5))
-    states = TokenStates(5, 8, 3, CPU, batch_tokens=17, limit=1)
+    states = TokenStates.empty(5, 8, 3, CPU, batch_tokens=17, limit=1)
     states.values.copy_(torch.arange(120.0).view(5, 8, 3))
     assert len(states) == 3
     assert torch.equal(torch.cat([states.batch(b) for b in range(3)]), torch.arange(120.0).view(40, 3))

@@ -58,7 +58,7 @@ def in_memory(file):
         for short, x in ((first, lambda: hidden), (second, lambda: loader.sublayer(i).inner(hidden, batch))):  # noqa: B023
             values, name = x(), f"sublayers.{i}.{short}"
             found[name] = gptq(tensor(name), values.T @ values / len(values), QUANT)
-        residual = residual + loader.sublayer(i)(hidden, batch)
+        residual = residual + loader.sublayer(i)(residual, batch)
     return found
 
 
