@@ -3,7 +3,7 @@
     python benchmarks/same_files.py [WEIGHTS.gguf] > before.json
     python benchmarks/same_files.py [WEIGHTS.gguf] --compare before.json
 
-Pico models (tests/pico.py) go through every method, repair and precision; WEIGHTS, where given, through ShortGPT with a
+Pico models (tests/helpers/pico.py) go through every method, repair and precision; WEIGHTS, where given, ShortGPT with a
 small repair. Prints name and SHA-256 as JSON; with --compare only the names whose file differs, and exit status 1 if
 there are any. One thread, so that sums have one order; digests of two machines need not agree.
 """
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 
 import pico
 import torch
