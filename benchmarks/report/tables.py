@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from report import quality_tables, search_tables
+from report import quality_tables, search_tables, tuning_tables
 from report.claims import readme_table
 from report.rows import NOT_MEASURED, ROOT, Row, last, markdown, newest, read
 
@@ -180,6 +180,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": quality_tables.ablation_table,
     "seeds": quality_tables.seeds_table,
     "texts": quality_tables.texts_table,
+    "strength": tuning_tables.strength_table,
     "engine": engine_table,
     "quantization": quantization_table,
     "finercut": search_tables.finercut_table,
