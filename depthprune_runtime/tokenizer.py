@@ -120,7 +120,12 @@ class Tokenizer:
         except BaseException as error:
             if not is_library_error(error):
                 raise
-            reason = "lone surrogates are no characters" if _has_surrogates(text) else str(error)
+            if not isinstance(text, str):
+                reason = f"expected Unicode text, got {type(text).__name__}"
+            elif _has_surrogates(text):
+                reason = "expected Unicode text, got lone surrogates in it; decode the text as UTF-8"
+            else:
+                reason = str(error)
             raise InputError(f"{self.name}: the text cannot be encoded: {reason}") from error
 
     @functools.cached_property
