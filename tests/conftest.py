@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pico
 import pytest
@@ -11,6 +12,9 @@ import torch
 
 from depthprune_runtime import Runtime, import_model
 from depthprune_runtime.extension import SWITCH, extension
+
+# What the tests of a file share takes long to make: one worker runs them all.
+TOGETHER = ("tests/test_smollm2.py", "tests/kernels/test_layout.py")
 
 # Pico models gain nothing from threads, and spinning threads on a busy machine cost seconds a test.
 torch.set_num_threads(1)
@@ -22,6 +26,19 @@ def pytest_configure() -> None:
         raise pytest.UsageError(
             f"the C++ extension is not there: `make test` builds it; {SWITCH}=1 tests plain torch alone"
         )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Test by test, but for those of `TOGETHER`; None where another distribution was asked for."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in TOGETHER else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(scope="session")

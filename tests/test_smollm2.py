@@ -10,8 +10,7 @@ from depthprune_runtime import Runtime, perplexity, prune
 from depthprune_runtime.texts import load_text
 
 PROMPT = "Gravity is the force that"
-# One worker loads both models once, whatever the others do.
-pytestmark = [pytest.mark.usefixtures("all_threads"), pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.usefixtures("all_threads")
 
 
 @pytest.fixture(scope="module")

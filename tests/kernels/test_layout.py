@@ -60,7 +60,6 @@ def imported() -> dict[str, str]:
     return json.loads(run.stdout)
 
 
-@pytest.mark.xdist_group("imported")
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_is_imported_first(imported: dict[str, str], module: str) -> None:
     """No module needs ops to be there before it, and none touches a GPU or prints."""
