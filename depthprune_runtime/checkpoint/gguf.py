@@ -78,6 +78,9 @@ class GGUFCheckpoint(DenseCheckpoint):
             raise InputError(f"{self.path}: {key}: blocks that differ are not supported, got {printable(value)}")
         if value is None:
             raise InputError(f"{self.path}: metadata key {key} is missing")
+        if kinds is float and isinstance(value, int) and not isinstance(value, bool):
+            # the bits of a float read as an integer would be a number, too
+            raise InputError(f"{self.path}: {key}: expected a number stored as a float, got the integer {value}")
         number: Any = value if isinstance(value, kinds) and not isinstance(value, bool) else 0
         if not number > 0:
             raise InputError(f"{self.path}: {key}: expected a positive number, got {printable(repr(value))}")
@@ -128,7 +131,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         }
 
     def _rope(self, arch: str) -> dict[str, Any]:
-        theta = float(self._number(f"{arch}.rope.freq_base", (int, float), 10000.0))
+        theta = float(self._number(f"{arch}.rope.freq_base", float, 10000.0))
         if _ROPE_FACTORS in self._homes:
             factors = self._read(_ROPE_FACTORS).double().flatten().tolist()
             return {"rope_theta": theta, "rope_type": "factors", "factors": factors}
@@ -136,7 +139,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         kind = self._metadata.get(f"{arch}.rope.scaling.type", "none" if old_factor in (None, 1.0) else "linear")
         if kind == "none":
             return {"rope_theta": theta, "rope_type": "default"}
-        factor = self._number(f"{arch}.rope.scaling.factor", (int, float), old_factor or 1.0)
+        factor = self._number(f"{arch}.rope.scaling.factor", float, old_factor or 1.0)
         return {"rope_theta": theta, "rope_type": kind, "factor": factor}
 
     def _pieces(self, source: str) -> Iterator[Any]:

@@ -130,6 +130,7 @@ def change(**metadata):
         (change(attention__key_length=15), "head_dim: expected an even number, got 15"),
         (change(rope__freq_base=1e30), "rope_theta: expected a number from 1"),
         (change(rope__freq_base=float("nan")), "freq_base: expected a positive number, got nan"),
+        (change(rope__freq_base=10000), "freq_base: expected a number stored as a float, got the integer 10000"),
         (change(attention__layer_norm_rms_epsilon=float("inf")), "rms_norm_eps"),
         (change(context_length=(1 << 32) - 1), "max_position_embeddings: expected an integer from 1"),
         (change(logit_scale=0.5), "llama.logit_scale is not supported"),
