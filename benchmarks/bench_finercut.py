@@ -23,14 +23,14 @@ from common import append_rows, environment, print_json
 
 from depthprune_runtime import Runtime, import_model, perplexity
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
+from depthprune_runtime.fitting.calibrator import Calibrator
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.calibrator import Calibrator
-from depthprune_runtime.pruning.distances import OutputDistance
-from depthprune_runtime.pruning.finercut import search
+from depthprune_runtime.pruning.finercut.distances import OutputDistance
+from depthprune_runtime.pruning.finercut.goal import Goal, candidates
+from depthprune_runtime.pruning.finercut.search import search
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
-from depthprune_runtime.pruning.sublayer_goal import Goal, candidates
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.texts import load_text
 

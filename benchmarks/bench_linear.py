@@ -24,7 +24,7 @@ from common import append_rows, environment, interleaved, paired_ratio, print_js
 from torch import Tensor
 
 from depthprune_runtime import _C, ops
-from depthprune_runtime.panels import PanelWeight, panels_pay, to_panels
+from depthprune_runtime.weights.panels import PanelWeight, panels_pay, to_panels
 
 COLD_BYTES = 1 << 28  # at least four times the last-level cache of the machines measured so far
 RUN_BYTES = 1 << 25  # weights read by one timing, so that the clock and the loop do not count

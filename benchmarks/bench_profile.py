@@ -20,8 +20,8 @@ from common import append_rows, environment, interleaved, print_json, spread
 from public_models import SPECS, shortened
 from random_decode_step import decode_step, random_weights
 
-from depthprune_runtime.quantized import QuantSpec
 from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.weights.quantized import QuantSpec
 
 PRECISIONS = {"bf16": None, "int8": QuantSpec(8, 64), "int4": QuantSpec(4, 32)}
 WITHOUT = {"whole": (), "attention": ("attention",), "ffn": ("ffn",), "ends": ("attention", "ffn")}

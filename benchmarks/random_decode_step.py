@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.engine.kv_cache import KVCache, kv_blocks_needed
-from depthprune_runtime.engine.weights import in_panels
+from depthprune_runtime.engine.loading import in_panels
 from depthprune_runtime.model.batch import PagedContext, packed
 from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import Weight
-from depthprune_runtime.panels import PanelWeight, to_panels
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.weights.panels import PanelWeight, to_panels
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 KV_BLOCK = 16
 

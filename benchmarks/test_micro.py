@@ -28,8 +28,8 @@ from public_models import SPECS, shortened
 from random_decode_step import decode_step, quantized, random_weights
 
 from depthprune_runtime import ops
-from depthprune_runtime.panels import PanelWeight, panels_pay, to_panels
-from depthprune_runtime.quantized import QuantSpec
+from depthprune_runtime.weights.panels import PanelWeight, panels_pay, to_panels
+from depthprune_runtime.weights.quantized import QuantSpec
 
 pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=5)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

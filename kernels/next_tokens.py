@@ -12,7 +12,7 @@ from torch import Tensor
 
 from depthprune_runtime.kernels.checks import INTEGERS, expect
 from depthprune_runtime.kernels.launch import capability_of
-from depthprune_runtime.kernels.launch_rows import next_tokens_block
+from depthprune_runtime.kernels.launch_few_tokens import next_tokens_block
 from depthprune_runtime.kernels.pdl import follow, pdl_options
 
 

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from depthprune_runtime.kernels.few_tokens import configure, halves, products, weight_arguments
 from depthprune_runtime.kernels.launch import capability_of
-from depthprune_runtime.kernels.launch_rows import MAX_TOKENS, RUN
+from depthprune_runtime.kernels.launch_few_tokens import MAX_TOKENS, RUN
 from depthprune_runtime.kernels.packed import check_norm, check_packed, few
-from depthprune_runtime.kernels.rows import configure, halves, products, weight_arguments
 
 
 @triton.jit

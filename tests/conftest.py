@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from depthprune_runtime import Runtime, import_model
-from depthprune_runtime.extension import SWITCH, extension
+from depthprune_runtime.host.extension import SWITCH, extension
 
 # What the tests of a file share takes long to make: one worker runs them all.
 TOGETHER = ("tests/test_smollm2.py", "tests/kernels/test_layout.py")

@@ -13,7 +13,7 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from depthprune_runtime import ops
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 OPS = ("norm_qkv", "norm_gated_linear", "linear_add", "norm_logits")
 PRECISIONS = {"bf16": None, "int8": QuantSpec(8, 64), "int4": QuantSpec(4, 32)}

@@ -16,8 +16,8 @@ from torch import Tensor
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES, TensorEntry, checksum
 from depthprune_runtime.checkpoint.mapped import WatchedFile
 from depthprune_runtime.checkpoint.stored import weight_entries
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 # Files carried inside a checkpoint, so that it moves alone.
 TOKENIZER_FILE = "tokenizer.json"

@@ -13,8 +13,8 @@ from depthprune_runtime.checkpoint.shards import MAX_SHARDS
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.fields import from_fields
 from depthprune_runtime.plan import Drop, PrunePlan
-from depthprune_runtime.quantized import QuantSpec
 from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.weights.quantized import QuantSpec
 
 FORMAT_VERSION = 1
 _TENSOR_CHECKSUM = re.compile(r"[0-9a-f]{16}")

@@ -37,7 +37,7 @@ from depthprune_runtime.checkpoint.gate import parse_object, reading
 from depthprune_runtime.checkpoint.mapped import MappedFile
 from depthprune_runtime.checkpoint.outputs import check_output
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.quantized import QuantizedWeight
+from depthprune_runtime.weights.quantized import QuantizedWeight
 
 FORMAT = "depthprune"
 _ASSET_PREFIX = "assets."

@@ -15,8 +15,8 @@ from torch import Tensor
 from depthprune_runtime.checkpoint.container import TensorEntry
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.fields import from_fields
-from depthprune_runtime.quantized import PANEL_ROWS, QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.weights.quantized import PANEL_ROWS, QuantizedWeight, QuantSpec
 
 _PART_DTYPES = {"codes": torch.uint8, "scales": torch.bfloat16, "zeros": torch.uint8}
 _STRIP_ELEMENTS = 1 << 23  # of a weight, dequantised through float32 at a time

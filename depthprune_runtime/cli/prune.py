@@ -63,8 +63,8 @@ def _repair_choice(args: argparse.Namespace) -> Any:
 
 def _prune_other(args: argparse.Namespace) -> None:
     """Mamba and RWKV: whole blocks by Block Influence, written back as a Hugging Face folder."""
-    from depthprune_runtime.pruning.calibration import calibration_set
-    from depthprune_runtime.pruning.other_decoders import prune_other
+    from depthprune_runtime.fitting.calibration import calibration_set
+    from depthprune_runtime.pruning.recurrent.prune import prune_other
     from depthprune_runtime.texts import load_text
 
     if args.method != "shortgpt":
@@ -115,7 +115,7 @@ def _prune_other(args: argparse.Namespace) -> None:
 
 def _is_other_decoder(model: str) -> bool:
     from depthprune_runtime.checkpoint.gate import read_object
-    from depthprune_runtime.pruning.other_decoders import is_other_decoder
+    from depthprune_runtime.pruning.recurrent.prune import is_other_decoder
 
     try:
         return is_other_decoder(read_object(Path(model) / "config.json"))

@@ -12,12 +12,12 @@ from depthprune_runtime.errors import InputError
 
 def _inspect(args: argparse.Namespace) -> None:
     from depthprune_runtime.checkpoint import open_checkpoint
-    from depthprune_runtime.inspection import inspect, render
+    from depthprune_runtime.inspection.describe import inspect, render
 
     checkpoint = open_checkpoint(args.model)
     description = inspect(checkpoint)
     if args.plot is not None:
-        from depthprune_runtime.plotting import plot_map
+        from depthprune_runtime.inspection.picture import plot_map
 
         plot_map(description, args.plot, args.force, checkpoint.source_files)
     if args.json:

@@ -14,7 +14,7 @@ from depthprune_runtime.engine.stop_strings import StopStrings
 from depthprune_runtime.engine.values import as_integer, integer, refuse, shown, token_ids, unicode_text
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.tokenizer import Tokenizer
+from depthprune_runtime.text.tokenizer import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128
 _LONG_TOKENS = 8  # characters: texts of longer ones on average are rare

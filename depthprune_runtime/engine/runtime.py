@@ -16,21 +16,21 @@ from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.engine.engine import KV_BLOCK_SIZE, Engine
 from depthprune_runtime.engine.inputs import Inputs, RequestGroup
 from depthprune_runtime.engine.kv_cache import kv_blocks_needed
+from depthprune_runtime.engine.loading import decoder_weights
 from depthprune_runtime.engine.memory import default_kv_memory, free_memory, kv_block_bytes
 from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, RequestOutputs, StreamChunk
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.process import Process
 from depthprune_runtime.engine.prompts import Prompt, listed
 from depthprune_runtime.engine.values import refuse, token_ids
-from depthprune_runtime.engine.weights import decoder_weights
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.generation_config import generation_config
-from depthprune_runtime.heap import return_free_heap
+from depthprune_runtime.host.devices import may_round_activations, resolve_device, resolve_dtype
+from depthprune_runtime.host.heap import return_free_heap
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
-from depthprune_runtime.placement import may_round_activations, resolve_device, resolve_dtype
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.tokenizer import CHAT_OPTIONS, Tokenizer
+from depthprune_runtime.text.tokenizer import CHAT_OPTIONS, Tokenizer
 
 _log = logging.getLogger("depthprune_runtime")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from depthprune_runtime.engine.runtime import Runtime
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.evaluation.logprobs import token_logprobs
+from depthprune_runtime.host.devices import overflow_hint
 from depthprune_runtime.model.batch import packed
-from depthprune_runtime.placement import overflow_hint
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.texts import known_ids, rows_joined
 

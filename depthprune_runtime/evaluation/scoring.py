@@ -26,9 +26,9 @@ from depthprune_runtime.engine.kv_cache import KVCache, kv_blocks_needed
 from depthprune_runtime.engine.runtime import Runtime
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.evaluation.logprobs import token_logprobs
+from depthprune_runtime.host.devices import overflow_hint
 from depthprune_runtime.model.batch import PagedContext, packed
 from depthprune_runtime.model.decoder import Decoder
-from depthprune_runtime.placement import overflow_hint
 from depthprune_runtime.progress import Advance
 
 logger = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from depthprune_runtime.extension import extension
+from depthprune_runtime.host.extension import extension
 from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import Linear
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair
-from depthprune_runtime.panels import PanelWeight
-from depthprune_runtime.quantized import QuantizedWeight
+from depthprune_runtime.weights.panels import PanelWeight
+from depthprune_runtime.weights.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from depthprune_runtime import _C

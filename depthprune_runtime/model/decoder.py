@@ -11,8 +11,8 @@ from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.linear import Linear, Weight, embedding
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair, Sublayer, build_sublayer, normalised, plain
-from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight
 
 WeightGetter = Callable[[str], Weight]
 

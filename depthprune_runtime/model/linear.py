@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime import ops
-from depthprune_runtime.panels import PanelWeight
-from depthprune_runtime.quantized import QuantizedWeight
+from depthprune_runtime.weights.panels import PanelWeight
+from depthprune_runtime.weights.quantized import QuantizedWeight
 
 Weight = Tensor | QuantizedWeight | PanelWeight
 

@@ -17,9 +17,9 @@ from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.linear import Linear, Weight
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.panels import PANEL_ROWS, PanelWeight
-from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import AttentionSpec, FFNSpec, SublayerSpec
+from depthprune_runtime.weights.panels import PANEL_ROWS, PanelWeight
+from depthprune_runtime.weights.quantized import QuantizedWeight
 
 
 def plain(weight: Weight) -> Tensor:

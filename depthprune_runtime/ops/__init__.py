@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from depthprune_runtime.extension import extension
+from depthprune_runtime.host.extension import extension
 from depthprune_runtime.ops._library import implementations
 from depthprune_runtime.ops._triton import bind_triton
 from depthprune_runtime.ops.activation import silu_mul

@@ -10,11 +10,11 @@ from torch import Tensor
 from depthprune_runtime.ops.linear import linear
 from depthprune_runtime.ops.panel_linear import panel_linear
 from depthprune_runtime.ops.quantized_linear import quantized_linear
-from depthprune_runtime.panels import PanelWeight
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.panels import PanelWeight
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 Weight = Tensor | QuantizedWeight | PanelWeight
-# [weight [N, K]], [panels] or [codes, scales(, zeros)] of `depthprune_runtime.quantized`; (N, bits, group_size), with
+# [weight [N, K]], [panels] or [codes, scales(, zeros)] of `weights.quantized`; (N, bits, group_size), with
 # bits 0: dense rows, PANEL_BITS: panels
 Packed = tuple[list[Tensor], list[int]]
 PANEL_BITS = 16

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depthprune_runtime.kernels.launch_rows import RUN
+from depthprune_runtime.kernels.launch_few_tokens import RUN
 from depthprune_runtime.ops._library import define
 from depthprune_runtime.ops._weight import Weight, pack, project
 from depthprune_runtime.ops.activation import silu_mul

@@ -1,4 +1,4 @@
-"""Projection by a bfloat16 weight in the panels of `depthprune_runtime.panels`, and packing of those.
+"""Projection by a bfloat16 weight in the panels of `depthprune_runtime.weights.panels`, and packing of those.
 
     out_tn = sum_k x_tk w_nk (+ bias_n), or gated  out_tf = silu(x_t . g_f (+ b_f)) * (x_t . u_f (+ b_(F + f)))
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from depthprune_runtime.ops._library import define
 from depthprune_runtime.ops.activation import silu_mul
-from depthprune_runtime.panels import PanelWeight, from_panels, to_panels
+from depthprune_runtime.weights.panels import PanelWeight, from_panels, to_panels
 
 
 def _panel_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, gated: bool) -> Tensor:

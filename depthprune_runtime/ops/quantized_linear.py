@@ -1,4 +1,4 @@
-"""Projection by a weight of 8 or 4 bits in the layout of `depthprune_runtime.quantized`.
+"""Projection by a weight of 8 or 4 bits in the layout of `depthprune_runtime.weights.quantized`.
 
     out_tn = sum_k x_tk scale_ng (code_nk - zero_ng) (+ bias_n)        g: the group of k
     gated: silu_mul of it
@@ -19,7 +19,7 @@ from torch import Tensor
 from depthprune_runtime.ops._library import define
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.linear import linear
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec, dequantize
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec, dequantize
 
 STRIP = 1 << 18  # weights that are dequantised at a time: their float32 stay in a core's second-level cache
 

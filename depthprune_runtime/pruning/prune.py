@@ -13,13 +13,14 @@ from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint, write_nat
 from depthprune_runtime.checkpoint.outputs import as_path, check_destination, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.placement import resolve_device, resolve_dtype
+from depthprune_runtime.fitting.calibration import CalibrationSet
+from depthprune_runtime.fitting.calibrator import Calibrator
+from depthprune_runtime.host.devices import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.after_repair import dropped_blocks, equal_errors, plan_after_repair
-from depthprune_runtime.pruning.calibration import CalibrationSet
-from depthprune_runtime.pruning.calibrator import Calibrator
-from depthprune_runtime.pruning.finercut import plan_finercut
-from depthprune_runtime.pruning.flattengpt import check_merges, plan_flattengpt
+from depthprune_runtime.pruning.amount import Request
+from depthprune_runtime.pruning.finercut.goal import removable_sublayers
+from depthprune_runtime.pruning.finercut.search import plan_finercut
+from depthprune_runtime.pruning.flattengpt.grouping import check_merges, plan_flattengpt
 from depthprune_runtime.pruning.names import REPAIRS, Method, Repair
 from depthprune_runtime.pruning.options import (
     REPAIR_WINDOWS,
@@ -33,9 +34,8 @@ from depthprune_runtime.pruning.options import (
 )
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
-from depthprune_runtime.pruning.request import Request
 from depthprune_runtime.pruning.shortgpt import block_pairs, plan_shortgpt
-from depthprune_runtime.pruning.sublayer_goal import removable_sublayers
+from depthprune_runtime.pruning.spans import dropped_blocks, equal_errors, plan_after_repair
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint, require_dense
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 from depthprune_runtime.texts import text_file

@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.calibration import CalibrationSet, stream_hidden_states
+from depthprune_runtime.fitting.calibration import CalibrationSet, stream_hidden_states
 from depthprune_runtime.pruning.names import PROTECTED_SCORES, RANKINGS, Score
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.spec import DecoderSpec

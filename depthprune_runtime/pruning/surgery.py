@@ -7,30 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.pruning import merging
+from depthprune_runtime.fitting.pieces import Piece
+from depthprune_runtime.pruning.flattengpt import merging
 from depthprune_runtime.pruning.plan import PrunePlan
-from depthprune_runtime.quantized import QuantizedWeight
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, SublayerSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight
 
 _STRIP_ROWS_BYTES = 32 * 1024 * 1024  # of a float64 strip of input columns while gains are folded
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One sub-layer of the student: the parent's sub-layers merged into it, and the units it keeps of them.
-
-    keep: indices of KV groups or channels in concatenation order; None keeps all.
-    """
-
-    sources: tuple[int, ...]
-    keep: tuple[int, ...] | None = None
 
 
 def layout(parent: DecoderSpec, plan: PrunePlan) -> tuple[Piece, ...]:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from depthprune_runtime.pruning import linalg
+from depthprune_runtime.fitting import linalg
 from depthprune_runtime.quantization.rtn import Grid, choose_grid
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 DAMPING = 0.01  # of the mean of G's diagonal
 _BLOCK = 128  # columns

@@ -13,20 +13,20 @@ from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.checkpoint.outputs import as_path, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.placement import resolve_device, resolve_dtype
+from depthprune_runtime.fitting.calibration import CalibrationSet
+from depthprune_runtime.fitting.calibrator import Calibrator
+from depthprune_runtime.fitting.walk import Walk
+from depthprune_runtime.host.devices import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.calibration import CalibrationSet
-from depthprune_runtime.pruning.calibrator import Calibrator
 from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.pruning.prune import write
-from depthprune_runtime.pruning.walk import Walk
 from depthprune_runtime.quantization.calibrated import Calibrated
 from depthprune_runtime.quantization.names import DEFAULT_GROUPS, HEAD_BITS, QUANT_METHODS, QuantMethod
 from depthprune_runtime.quantization.rtn import rtn
 from depthprune_runtime.quantization.view import QuantizedCheckpoint
-from depthprune_runtime.quantized import QuantSpec
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.texts import text_file
+from depthprune_runtime.weights.quantized import QuantSpec
 
 _WINDOWS = (128, 512)  # of the calibration: (samples, seq_len)
 _MEND = RepairOptions()

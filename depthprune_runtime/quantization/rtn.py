@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 _RATIOS = {8: (1.0,), 4: (1.0, *(1.1 - 0.025 * i for i in range(17)))}  # the first brings back what is on a grid
 _STRIP_ELEMENTS = 1 << 21  # of a weight at a time, for its temporaries

@@ -12,9 +12,9 @@ from torch import Tensor
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.checkpoint.stored import dense, part_entries
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.states import TensorStore
-from depthprune_runtime.pruning.surgery import Piece
-from depthprune_runtime.quantized import QuantizedWeight
+from depthprune_runtime.fitting.pieces import Piece
+from depthprune_runtime.fitting.states import TensorStore
+from depthprune_runtime.weights.quantized import QuantizedWeight
 
 
 class QuantizedCheckpoint(Checkpoint):

@@ -12,7 +12,7 @@ from gguf_files import write_gguf
 
 from depthprune_runtime import InputError
 from depthprune_runtime.checkpoint import open_checkpoint
-from depthprune_runtime.tokenizer import Tokenizer
+from depthprune_runtime.text.tokenizer import Tokenizer
 
 K = "tokenizer.ggml."
 TURN = "<\uff5cend\u2581of\u2581turn\uff5c>"

@@ -14,7 +14,7 @@ from depthprune_runtime.checkpoint.container import read_header
 from depthprune_runtime.checkpoint.stored import dense
 from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 QKV = "sublayers.2.qkv_proj.weight"
 PARTS = ("codes", "scales", "zeros")

@@ -16,7 +16,7 @@ from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.ops import quantized_linear, silu_mul
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([3, 17, 9, 40, 2, 8, 8, 21])

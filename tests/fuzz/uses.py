@@ -164,7 +164,7 @@ def use_other(path: Path, folder: Path) -> Observation:
     import torch
 
     from depthprune_runtime import InputError
-    from depthprune_runtime.pruning.other_decoders import prune_other
+    from depthprune_runtime.pruning.recurrent.prune import prune_other
 
     seen = Observation()
     windows = torch.arange(2, 34).view(2, 16)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from depthprune_runtime.extension import SWITCH, extension
+from depthprune_runtime.host.extension import SWITCH, extension
 
 
 def built() -> Any:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.ops._weight import pack
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import RopeSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 CPU = torch.device("cpu")
 

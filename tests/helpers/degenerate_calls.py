@@ -20,8 +20,8 @@ from torch import Tensor
 from depthprune_runtime import _C
 from depthprune_runtime.ops._library import REFERENCES
 from depthprune_runtime.ops._weight import pack
-from depthprune_runtime.panels import panel_shape
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.panels import panel_shape
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 BF16_ONLY = ("pack_panels", "panel_linear")
 ALLOWED = (ValueError, RuntimeError, IndexError, TypeError)

@@ -14,8 +14,8 @@ from depthprune_runtime.kernels import draw_tokens, linear_add, next_tokens, nor
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.ops import _weight
 from depthprune_runtime.ops._library import REFERENCES
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import RopeSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 EPS = 1e-5
 DTYPES = [torch.float16, torch.float32]

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed: ahead-of-time com
 from ahead_of_time import check, record
 
 from depthprune_runtime.kernels import draw_tokens, linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
-from depthprune_runtime.quantized import QuantSpec
+from depthprune_runtime.weights.quantized import QuantSpec
 
 # hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size
 MODELS = {

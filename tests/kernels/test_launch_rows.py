@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthprune_runtime.kernels.launch_rows import MAX_TOKENS, RowsConfig, next_tokens_block, rows_config
+from depthprune_runtime.kernels.launch_few_tokens import MAX_TOKENS, RowsConfig, next_tokens_block, rows_config
 
 CAPABILITIES = [(0, 0), (8, 0), (9, 0), (10, 0)]
 

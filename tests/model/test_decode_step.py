@@ -13,9 +13,9 @@ from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.model.batch import PagedContext, packed
 from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
-from depthprune_runtime.panels import PanelWeight, to_panels
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
+from depthprune_runtime.weights.panels import PanelWeight, to_panels
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 _C = built()
 CPU = torch.device("cpu")

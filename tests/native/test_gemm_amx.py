@@ -17,7 +17,7 @@ from built import built
 from op_cases import plain
 from torch import Tensor
 
-from depthprune_runtime.panels import to_panels
+from depthprune_runtime.weights.panels import to_panels
 
 _C = built()
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from depthprune_runtime import ops
 from depthprune_runtime.kernels.packed import check_packed
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._weight import pack
-from depthprune_runtime.panels import PanelWeight, from_panels, panel_shape, panels_pay, to_panels
+from depthprune_runtime.weights.panels import PanelWeight, from_panels, panel_shape, panels_pay, to_panels
 
 _C = built()
 LEVELS = _C.cpu_levels()

@@ -9,7 +9,7 @@ import torch
 from built import built
 
 from depthprune_runtime import ops
-from depthprune_runtime.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 _C = built()
 RUN = 32

@@ -6,7 +6,7 @@ import pico
 import pytest
 from other_models import build
 
-from depthprune_runtime.pruning.other_blocks import OTHER_FAMILIES
+from depthprune_runtime.pruning.recurrent.blocks import OTHER_FAMILIES
 
 
 @pytest.fixture(scope="session")

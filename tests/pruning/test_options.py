@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from depthprune_runtime import InputError
-from depthprune_runtime.pruning import after_repair, prune
+from depthprune_runtime.pruning import prune
+from depthprune_runtime.pruning import spans as after_repair
 from depthprune_runtime.pruning.options import (
     REPAIR_WINDOWS,
     FinerCutOptions,

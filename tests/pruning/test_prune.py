@@ -11,8 +11,8 @@ import torch
 from depthprune_runtime import InputError, Runtime, prune
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.pruning.shortgpt import score_blocks
+from depthprune_runtime.text.tokenizer import Tokenizer
 from depthprune_runtime.texts import load_text, rows_joined
-from depthprune_runtime.tokenizer import Tokenizer
 
 SMALL = {"samples": 4, "seq_len": 32}
 

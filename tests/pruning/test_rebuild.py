@@ -14,10 +14,10 @@ import torch
 from depthprune_runtime import Runtime, prune
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.fitting import states
+from depthprune_runtime.fitting.calibration import stream_hidden_states
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
-from depthprune_runtime.pruning import states
-from depthprune_runtime.pruning.calibration import stream_hidden_states
 from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
 from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild

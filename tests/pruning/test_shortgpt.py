@@ -11,9 +11,9 @@ import torch
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.checkpoint import open_checkpoint
-from depthprune_runtime.pruning.calibration import CalibrationSet, sample_windows
+from depthprune_runtime.fitting.calibration import CalibrationSet, sample_windows
+from depthprune_runtime.pruning.amount import blocks_for_sparsity
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
-from depthprune_runtime.pruning.request import blocks_for_sparsity
 from depthprune_runtime.pruning.shortgpt import plan_shortgpt, removal_order, score_blocks
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 
@@ -54,7 +54,7 @@ def test_scores_equal_the_formulas(pico_llama, scores):
 
 
 def test_the_batching_does_not_matter(pico_file, scores, monkeypatch):
-    from depthprune_runtime.pruning import calibration
+    from depthprune_runtime.fitting import calibration
 
     monkeypatch.setattr(calibration, "_BATCH_TOKENS", 1)
     with torch.inference_mode():

@@ -8,7 +8,7 @@ import torch
 from depthprune_runtime.quantization import gptq as module
 from depthprune_runtime.quantization.gptq import gptq
 from depthprune_runtime.quantization.rtn import choose_grid, rtn
-from depthprune_runtime.quantized import QuantSpec
+from depthprune_runtime.weights.quantized import QuantSpec
 
 SPECS = [QuantSpec(4, 32), QuantSpec(4, 64, False), QuantSpec(8, 32)]
 

@@ -12,16 +12,16 @@ import torch
 from depthprune_runtime import InputError, Runtime, ops, prune, quantize
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.cli import main
+from depthprune_runtime.fitting import states
+from depthprune_runtime.fitting.calibration import CalibrationSet
+from depthprune_runtime.fitting.calibrator import Calibrator
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder, SublayerLoader
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning import states
-from depthprune_runtime.pruning.calibration import CalibrationSet
-from depthprune_runtime.pruning.calibrator import Calibrator
 from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.quantization.gptq import gptq
 from depthprune_runtime.quantization.quantize import quantized_view, requested
-from depthprune_runtime.quantized import QuantSpec
+from depthprune_runtime.weights.quantized import QuantSpec
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(2, pico.VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(3))

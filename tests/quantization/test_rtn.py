@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from depthprune_runtime.quantization import rtn as module
 from depthprune_runtime.quantization.rtn import choose_grid, rtn
-from depthprune_runtime.quantized import QuantSpec
+from depthprune_runtime.weights.quantized import QuantSpec
 
 SPECS = [QuantSpec(bits, 32, symmetric) for bits in (8, 4) for symmetric in (True, False)]
 specs = st.builds(QuantSpec, st.sampled_from([8, 4]), st.sampled_from([32, 64, 128]), st.booleans())
