@@ -17,8 +17,7 @@ from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import Linear
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair
-from depthprune_runtime.weights.panels import PanelWeight
-from depthprune_runtime.weights.quantized import QuantizedWeight
+from depthprune_runtime.weights.packed import pack
 
 if TYPE_CHECKING:
     from depthprune_runtime import _C
@@ -104,14 +103,8 @@ class DecodeStep:
         )
 
     def _linear(self, linear: Linear) -> _C.StepLinear:
-        weight = linear.weight
-        rows, columns = weight.shape
-        if isinstance(weight, QuantizedWeight):
-            parts = [weight.codes, weight.scales] + ([] if weight.zeros is None else [weight.zeros])
-            bits, group_size = weight.spec.bits, weight.spec.group_size
-        elif isinstance(weight, PanelWeight):
-            parts, bits, group_size = [weight.panels], 16, 0
-        else:
-            parts, bits, group_size = [weight], 0, 0
-        step_linear: _C.StepLinear = self._module.StepLinear(parts, linear.bias, rows, columns, bits, group_size)
+        parts, (rows, number, bits, group_size) = pack(linear.weight)
+        step_linear: _C.StepLinear = self._module.StepLinear(
+            parts, linear.bias, rows, linear.weight.in_features, number, bits, group_size
+        )
         return step_linear

@@ -35,7 +35,7 @@ def dense(path, dtype: torch.dtype) -> Decoder:
 
     def weight(name: str):
         found = checkpoint.weight(name)
-        return found.dequantize(torch.float64).to(dtype) if isinstance(found, QuantizedWeight) else found
+        return found.dense(torch.float64).to(dtype) if isinstance(found, QuantizedWeight) else found
 
     return Decoder(checkpoint.spec, weight, CPU, dtype)
 
@@ -89,8 +89,8 @@ def test_the_op_is_as_accurate_as_the_dense_one(bits, gated, tokens, monkeypatch
     x = torch.randn(tokens, columns, generator=generator)
     x[:, 7] *= 1000
     x, bias = x.bfloat16(), torch.randn(rows, generator=generator).bfloat16()
-    truth = torch.nn.functional.linear(x.double(), weight.dequantize().double(), bias.double())
-    same = torch.nn.functional.linear(x, weight.dequantize().bfloat16(), bias)
+    truth = torch.nn.functional.linear(x.double(), weight.dense().double(), bias.double())
+    same = torch.nn.functional.linear(x, weight.dense().bfloat16(), bias)
     if gated:
         gate, up = truth.chunk(2, -1)
         truth, same = torch.nn.functional.silu(gate) * up, silu_mul(same)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from depthprune_runtime import _C
 from depthprune_runtime.ops._library import REFERENCES
-from depthprune_runtime.ops._weight import pack
+from depthprune_runtime.weights.packed import pack
 from depthprune_runtime.weights.panels import panel_shape
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.weight import Format
 
 BF16_ONLY = ("pack_panels", "panel_linear")
 ALLOWED = (ValueError, RuntimeError, IndexError, TypeError)
@@ -231,12 +232,12 @@ class Step:
         def linear(rows: int, columns: int) -> dict[str, Any]:
             if quantised:
                 parts: list[Any] = list(_parts(_quantised(d, rows, columns)))
-                layout = (4, 32)
+                layout = (Format.CODES, 4, 32)
             else:
-                parts, layout = [d(rows, columns)], (0, 0)
+                parts, layout = [d(rows, columns)], (Format.ROWS, 0, 0)
             return {
-                "weight": parts, "bias": d(rows), "out_features": rows, "in_features": columns, "bits": layout[0],
-                "group_size": layout[1],
+                "weight": parts, "bias": d(rows), "out_features": rows, "in_features": columns,
+                "format": int(layout[0]), "bits": layout[1], "group_size": layout[2],
             }  # fmt: skip
 
         k_cache, v_cache = _caches(d)

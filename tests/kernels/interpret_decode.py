@@ -12,9 +12,9 @@ from torch import Tensor
 
 from depthprune_runtime.kernels import draw_tokens, linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.ops import _weight
 from depthprune_runtime.ops._library import REFERENCES
 from depthprune_runtime.spec import RopeSpec
+from depthprune_runtime.weights.packed import pack
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 EPS = 1e-5
@@ -40,7 +40,7 @@ def packed(kind: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[Pack
     """A weight of `kind`, and what it stands for in float64."""
     if kind == "dense":
         dense = draw(2, rows, columns).mul_(columns**-0.5).to(dtype)
-        return _weight.pack(dense), dense.double()
+        return pack(dense), dense.double()
     spec = QuantSpec(int(kind[0]), 32 if "32" in kind else 64, "zeros" not in kind)
     generator = torch.Generator().manual_seed(3)
     groups = -(-columns // spec.group_size)
@@ -48,7 +48,7 @@ def packed(kind: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[Pack
     scales = (torch.rand(rows, groups, generator=generator) / spec.levels).bfloat16()
     zeros = None if spec.symmetric else torch.randint(0, spec.levels, (rows, groups), generator=generator)
     weight = QuantizedWeight.from_codes(spec, codes, scales, zeros)
-    return _weight.pack(weight), weight.dequantize().double()
+    return pack(weight), weight.dense().double()
 
 
 def normed(x: Tensor, gain: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def normed(x: Tensor, gain: Tensor) -> Tensor:
 
 def plain(dense: Tensor, dtype: torch.dtype) -> Packed:
     """The same weight for the baseline: dense, or the CPU's integer kernels would stand in for plain torch."""
-    return _weight.pack(dense.to(dtype))
+    return pack(dense.to(dtype))
 
 
 def check(op: str, launcher, x: Tensor, gain: Tensor, weight: Packed, dense: Tensor, bias, truth: Tensor) -> None:

@@ -16,6 +16,7 @@ from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 from depthprune_runtime.weights.panels import PanelWeight, to_panels
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.weight import Format
 
 _C = built()
 CPU = torch.device("cpu")
@@ -172,16 +173,21 @@ def test_bad_places_are_refused():
 
 def arguments(rows: int, columns: int, **changes: object) -> dict[str, object]:
     dense = {"weight": [torch.ones(rows, columns)], "bias": None, "out_features": rows, "in_features": columns}
-    return dense | {"bits": 0, "group_size": 0} | changes
+    return dense | {"format": int(Format.ROWS), "bits": 0, "group_size": 0} | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 4, "group_size": 0, "weight": [torch.ones(1), torch.ones(1)]}, "group_size of 32, 64 or 128, got 0"),
-        ({"bits": 5}, "bits of 0, 4, 8 or 16, got 5"),
+        (
+            {"format": 2, "bits": 4, "group_size": 0, "weight": [torch.ones(1), torch.ones(1)]},
+            "group_size of 32, 64 or 128, got 0",
+        ),
+        ({"format": 3}, r"format of 0 \(rows\), 1 \(panels\) or 2 \(codes\), got 3"),
+        ({"format": -1}, "format of 0"),
+        ({"format": 2, "bits": 5}, "bits of 4 or 8, got 5"),
         ({"weight": []}, "weight of one tensor, got 0 tensors"),
-        ({"bits": 8, "group_size": 32}, "two tensors, or three with zero points, got 1 tensors"),
+        ({"format": 2, "bits": 8, "group_size": 32}, "two tensors, or three with zero points, got 1 tensors"),
         ({"out_features": 0}, "out_features of 1 to"),
         ({"in_features": -1}, "in_features of 1 to"),
     ],

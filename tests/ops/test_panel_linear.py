@@ -16,7 +16,7 @@ from torch import Tensor
 from depthprune_runtime import ops
 from depthprune_runtime.kernels.packed import check_packed
 from depthprune_runtime.ops import implementations
-from depthprune_runtime.ops._weight import pack
+from depthprune_runtime.weights.packed import pack
 from depthprune_runtime.weights.panels import PanelWeight, from_panels, panel_shape, panels_pay, to_panels
 
 _C = built()
