@@ -11,8 +11,8 @@ from torch import Tensor
 from depthprune_runtime.engine.kv_cache import KVCache, kv_blocks_needed
 from depthprune_runtime.engine.loading import in_panels
 from depthprune_runtime.model.batch import PagedContext, packed
-from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder, WeightGetter
+from depthprune_runtime.model.steps.cpu import DecodeStep
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.weights.panels import PanelWeight, to_panels
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
@@ -64,7 +64,7 @@ def decode_step(
     paged = PagedContext(slots, tables, torch.full((batch,), context, device=place), False)
     inputs = packed([1] * batch, place, [context - 1] * batch, paged)
     ids = torch.zeros(batch, dtype=torch.int64, device=place)
-    native = build_decode_step(decoder, cache.pairs)
+    native = None if DecodeStep.refuses(decoder) else DecodeStep(decoder, cache.pairs)
 
     def run() -> Tensor:
         with torch.inference_mode():

@@ -13,8 +13,8 @@ from depthprune_runtime import Runtime, quantize
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
-from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.model.steps.cpu import DecodeStep
 from depthprune_runtime.ops import quantized_linear, silu_mul
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
@@ -59,7 +59,7 @@ def test_decoding_is_that_of_the_dequantised_model(quantised):
     """Every decoded token, from the cache, has the log-probability of one forward pass of the dense model."""
     runtime = Runtime.load(quantised, "cpu", activations="fp32", dtype="fp32")
     assert runtime.decoder.rounds_inputs is False
-    assert build_decode_step(runtime.decoder, [None] * len(runtime.decoder.sublayers)) is None
+    assert "rounds the inputs" in DecodeStep.refuses(runtime.decoder)
     prompt = IDS.tolist()
     (output,) = runtime.generate([prompt], max_new_tokens=12, temperature=0.0, ignore_eos=True, logprobs=0)
     (completion,) = output.outputs

@@ -11,8 +11,8 @@ from built import built
 
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.model.batch import PagedContext, packed
-from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.model.steps.cpu import DecodeStep
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 from depthprune_runtime.weights.panels import PanelWeight, to_panels
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
@@ -58,8 +58,7 @@ def steps_agree(spec: DecoderSpec, dtype=torch.float32, quant=None, contexts=(1,
                 ours.copy_(torch.randn(ours.shape, generator=generator))
                 theirs.copy_(ours)
     tables = torch.randperm(width * len(contexts), generator=generator).view(len(contexts), width)
-    step = build_decode_step(decoder, caches[0].pairs)
-    assert step is not None
+    step = DecodeStep(decoder, caches[0].pairs)
     for i in range(steps):
         ids = torch.randint(0, spec.vocab_size, (len(contexts),), generator=generator)
         starts = [c - 1 + i for c in contexts]
@@ -156,8 +155,7 @@ def test_any_number_of_threads():
 def test_bad_places_are_refused():
     spec = specs.plain_spec(1)
     decoder = Decoder(spec, random_weights(spec, torch.float32, None).__getitem__, CPU, torch.float32)
-    step = build_decode_step(decoder, KVCache(spec, 4, BLOCK, CPU, torch.float32).pairs)
-    assert step is not None
+    step = DecodeStep(decoder, KVCache(spec, 4, BLOCK, CPU, torch.float32).pairs)
 
     def run(token=1, slot=0, block=0, length=1):
         paged = PagedContext(torch.tensor([slot]), torch.tensor([[block]]), torch.tensor([length]), False)
