@@ -15,7 +15,7 @@ from torch import Tensor
 
 from depthprune_runtime.ops._library import define
 from depthprune_runtime.ops.activation import silu_mul
-from depthprune_runtime.weights.panels import PANEL_ROWS, PanelWeight, from_panels, to_panels
+from depthprune_runtime.weights.panels import PanelWeight, from_panels, to_panels
 
 
 def _panel_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, gated: bool) -> Tensor:
@@ -30,19 +30,15 @@ _panel_linear_op = define(
 
 def panel_linear(
     x: Tensor,  # [T, K] bfloat16
-    weight: PanelWeight,  # [N, K]; gated: [2F, K], gate rows first
+    weight: PanelWeight,  # [N, K]; gated: [2F, K], gate rows first, 2F a multiple of 32
     bias: Tensor | None = None,  # [N] or [2F]
     gated: bool = False,
 ) -> Tensor:  # [T, N] or [T, F]
-    """The projection of every row of `x`; ValueError for other shapes.
-
-    A gated one is a kernel of its own where 2F is a multiple of 32: gate and up rows are then whole panels.
-    """
+    """The projection of every row of `x`; ValueError for other shapes."""
     if x.dim() != 2 or x.shape[1] != weight.in_features:
         raise ValueError(f"panel_linear: expected x of shape [T, {weight.in_features}], got {list(x.shape)}")
-    fused = gated and weight.out_features % (2 * PANEL_ROWS) == 0
-    out: Tensor = _panel_linear_op(x, weight.panels, bias, weight.out_features, fused)
-    return silu_mul(out) if gated and not fused else out
+    out: Tensor = _panel_linear_op(x, weight.panels, bias, weight.out_features, gated)
+    return out
 
 
 def _pack_panels(weight: Tensor, panels: Tensor) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.gated_linear import gated_linear
 from depthprune_runtime.ops.linear import linear
 from depthprune_runtime.ops.panel_linear import panel_linear
 from depthprune_runtime.ops.quantized_linear import quantized_linear
 from depthprune_runtime.weights.packed import unpack
+from depthprune_runtime.weights.panels import PANEL_ROWS, PanelWeight
 from depthprune_runtime.weights.rows import RowsWeight
 from depthprune_runtime.weights.weight import Format, Weight
 
@@ -23,9 +25,15 @@ def _rows_linear(x: Tensor, weight: RowsWeight, bias: Tensor | None, gated: bool
     return gated_linear(x, weight.values, bias) if gated else linear(x, weight.values, bias)
 
 
+def _panels_linear(x: Tensor, weight: PanelWeight, bias: Tensor | None, gated: bool) -> Tensor:
+    if gated and weight.out_features % (2 * PANEL_ROWS) != 0:  # gate and up rows share a panel
+        return silu_mul(panel_linear(x, weight, bias))
+    return panel_linear(x, weight, bias, gated)
+
+
 OPS: Mapping[Format, Callable[[Tensor, Any, Tensor | None, bool], Tensor]] = {
     Format.ROWS: _rows_linear,
-    Format.PANELS: panel_linear,
+    Format.PANELS: _panels_linear,
     Format.CODES: quantized_linear,
 }
 

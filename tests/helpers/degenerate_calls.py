@@ -22,7 +22,6 @@ from depthprune_runtime.ops._library import REFERENCES
 from depthprune_runtime.weights.packed import pack
 from depthprune_runtime.weights.panels import panel_shape
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
-from depthprune_runtime.weights.weight import Format
 
 BF16_ONLY = ("pack_panels", "panel_linear")
 ALLOWED = (ValueError, RuntimeError, IndexError, TypeError)
@@ -230,14 +229,10 @@ class Step:
         d = Draw(dtype, torch.Generator().manual_seed(0))
 
         def linear(rows: int, columns: int) -> dict[str, Any]:
-            if quantised:
-                parts: list[Any] = list(_parts(_quantised(d, rows, columns)))
-                layout = (Format.CODES, 4, 32)
-            else:
-                parts, layout = [d(rows, columns)], (Format.ROWS, 0, 0)
+            parts, (_, number, bits, group_size) = pack(_quantised(d, rows, columns) if quantised else d(rows, columns))
             return {
-                "weight": parts, "bias": d(rows), "out_features": rows, "in_features": columns,
-                "format": int(layout[0]), "bits": layout[1], "group_size": layout[2],
+                "weight": parts, "bias": d(rows), "out_features": rows, "in_features": columns, "format": number,
+                "bits": bits, "group_size": group_size,
             }  # fmt: skip
 
         k_cache, v_cache = _caches(d)
