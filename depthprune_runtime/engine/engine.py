@@ -23,22 +23,19 @@ from depthprune_runtime.engine.errors import EngineDead
 from depthprune_runtime.engine.inputs import Inputs, Limits, RequestGroup
 from depthprune_runtime.engine.kv_blocks import KVBlockPool
 from depthprune_runtime.engine.kv_cache import KVCache
-from depthprune_runtime.engine.memory import KVMemory, default_kv_memory, kv_bytes, num_kv_blocks
+from depthprune_runtime.engine.memory import kv_bytes, num_kv_blocks
+from depthprune_runtime.engine.options import EngineOptions, engine_options
 from depthprune_runtime.engine.outputs import EngineStats, Logprob, OutputDelta, RequestOutput
-from depthprune_runtime.engine.params import MAX_OUTPUTS, SamplingParams
+from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.process import Process
 from depthprune_runtime.engine.prompts import Prompt
 from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.runner import Runner
 from depthprune_runtime.engine.samplers import Choice, Likely, Samplers
 from depthprune_runtime.engine.scheduler import Chunk, Scheduler
-from depthprune_runtime.engine.values import integer
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.decoder import Decoder
 
-KV_BLOCK_SIZE = 16  # tokens
-_MAX_SEQS = 2**16
-_MAX_COUNT = 2**31 - 1
 _log = logging.getLogger("depthprune_runtime")
 
 
@@ -55,59 +52,34 @@ class Engine:
     Args:
         decoder: the model's layers. `Runtime.engine` gives it, and inputs.
         inputs: turns prompts and parameters into requests.
-        kv_memory: of the KV cache: bytes (an int, or text such as "2GiB"), or a fraction in (0, 1] of the device's free
-            memory. None is 0.9 of a GPU's, 0.5 of a CPU's. Never more is taken than `max_num_seqs` full contexts need.
-        kv_block_size: tokens in a page of the cache.
-        max_num_seqs: outputs running at once.
-        max_num_batched_tokens: tokens computed in a step, prompts in chunks.
-        max_waiting: outputs in the waiting queue, None for any number.
-        enable_prefix_caching: reuse keys and values of equal beginnings.
-        decode_steps: tokens a request that may be computed before the engine looks at them, 1 to 16. It does so while
-            none waits and all are greedy or (on a GPU) sampled without filters, penalties and log-probabilities. Their
-            deltas come in bursts of as many. On a CPU a burst ends with the first request that does, and after 20 ms.
-        max_n: outputs of one prompt that a request may ask for; at most max_waiting, too.
-        max_logprobs: alternatives reported with each token that a request may ask for.
+        options: its sizes and limits; by default those of `EngineOptions()`.
+
+    Raises:
+        InputError: where the KV cache does not fit into memory, or not one kv_block into `kv_memory`.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         inputs: Inputs,
-        *,
-        kv_memory: KVMemory | None = None,
-        kv_block_size: int = KV_BLOCK_SIZE,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        max_waiting: int | None = 1024,
-        enable_prefix_caching: bool = True,
-        decode_steps: int = 8,
-        max_n: int = 128,
-        max_logprobs: int = 20,
+        options: EngineOptions | None = None,
     ) -> None:
-        kv_block_size = integer("kv_block_size", kv_block_size, 1, _MAX_SEQS)
-        max_num_seqs = integer("max_num_seqs", max_num_seqs, 1, _MAX_SEQS)
-        max_num_batched_tokens = integer(
-            "max_num_batched_tokens", max_num_batched_tokens, max_num_seqs, _MAX_COUNT, " (max_num_seqs)"
-        )
-        if max_waiting is not None:
-            max_waiting = integer("max_waiting", max_waiting, 1, _MAX_COUNT)
-        decode_steps = integer("decode_steps", decode_steps, 1, _MAX_COUNT)
-        max_n = integer("max_n", max_n, 1, MAX_OUTPUTS)
-        max_logprobs = integer("max_logprobs", max_logprobs, 0, _MAX_COUNT)
-        self._limits = Limits(min(max_n, max_waiting or max_n), max_logprobs)
+        self.options = options = engine_options(options, {})
+        self._limits = Limits(min(options.max_n, options.max_waiting or options.max_n), options.max_logprobs)
         self.inputs = inputs
         self._decoder = decoder
-        memory = kv_bytes(default_kv_memory(decoder.device) if kv_memory is None else kv_memory, decoder.device)
-        contexts = max_num_seqs * -(-decoder.spec.max_position_embeddings // kv_block_size) + max_num_seqs
-        count = num_kv_blocks(memory, decoder.spec, kv_block_size, decoder.dtype, contexts)
+        seqs, block_size = options.max_num_seqs, options.kv_block_size
+        memory = kv_bytes(options.kv_memory, decoder.device)
+        contexts = seqs * -(-decoder.spec.max_position_embeddings // block_size) + seqs
+        count = num_kv_blocks(memory, decoder.spec, block_size, decoder.dtype, contexts)
         try:
-            self._cache = KVCache(decoder.spec, count, kv_block_size, decoder.device, decoder.dtype)
+            self._cache = KVCache(decoder.spec, count, block_size, decoder.device, decoder.dtype)
         except RuntimeError as error:  # torch's out-of-memory errors
             raise InputError(f"kv_memory: {memory} bytes cannot be allocated; lower it ({error})") from error
-        self._pool = KVBlockPool(count, kv_block_size, enable_prefix_caching)
-        self._scheduler = Scheduler(self._pool, max_num_seqs, max_num_batched_tokens, max_waiting)
-        self._runner = Runner(decoder, self._cache, max_num_seqs)
-        self._decode_steps = min(decode_steps, self._runner.max_steps)
+        self._pool = KVBlockPool(count, block_size, options.enable_prefix_caching)
+        self._scheduler = Scheduler(self._pool, seqs, options.max_num_batched_tokens, options.max_waiting)
+        self._runner = Runner(decoder, self._cache, seqs)
+        self._decode_steps = min(options.decode_steps, self._runner.max_steps)
         self._groups: dict[str, RequestGroup] = {}
         self._samplers = Samplers(decoder.spec.vocab_size, decoder.device)
         self._news: list[OutputDelta] = []  # of aborted requests, for the next step

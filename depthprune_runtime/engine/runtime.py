@@ -7,19 +7,22 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
-from depthprune_runtime.engine.engine import KV_BLOCK_SIZE, Engine
+from depthprune_runtime.engine.async_engine import AsyncEngine
+from depthprune_runtime.engine.engine import Engine
 from depthprune_runtime.engine.inputs import Inputs, RequestGroup
 from depthprune_runtime.engine.kv_cache import kv_blocks_needed
 from depthprune_runtime.engine.loading import decoder_weights
 from depthprune_runtime.engine.memory import default_kv_memory, free_memory, kv_block_bytes
+from depthprune_runtime.engine.options import KV_BLOCK_SIZE, EngineFields, EngineOptions, engine_options
 from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, RequestOutputs, StreamChunk
-from depthprune_runtime.engine.params import SamplingParams
+from depthprune_runtime.engine.params import SamplingFields, SamplingParams
 from depthprune_runtime.engine.process import Process
 from depthprune_runtime.engine.prompts import Prompt, listed
 from depthprune_runtime.engine.values import refuse, token_ids
@@ -30,12 +33,16 @@ from depthprune_runtime.host.heap import return_free_heap
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.text.tokenizer import CHAT_OPTIONS, Tokenizer
+from depthprune_runtime.text.tokenizer import CHAT_OPTIONS, ChatFields, Tokenizer
 
 _log = logging.getLogger("depthprune_runtime")
 
 _MAX_RUNNING = 64  # outputs decoded together
 _PREFILL_TOKENS = 4096  # tokens in one forward pass
+
+
+class ChatOptions(ChatFields, SamplingFields, total=False):
+    """What `Runtime.chat` takes by keyword: what the template reads, and fields of `SamplingParams`."""
 
 
 class Runtime:
@@ -128,16 +135,42 @@ class Runtime:
         """The tokenizer. Raises InputError if there is none; otherwise: what is impossible then, for the message."""
         return self._inputs.require_tokenizer(otherwise)
 
-    def engine(self, **options: Any) -> Engine:
-        """An engine over this model, for serving; options: the keyword arguments of `Engine`."""
+    def engine(self, options: EngineOptions | None = None, **fields: Unpack[EngineFields]) -> Engine:
+        """An engine over this model, for serving.
+
+        Args:
+            options: its sizes and limits; by default those of `EngineOptions()`.
+            **fields: fields of `EngineOptions` that replace those of `options`, such as `max_num_seqs=8`.
+
+        Returns:
+            The engine, with a KV cache of its own.
+
+        Raises:
+            InputError: for options out of range, a KV cache that does not fit into memory, and behind a fork.
+        """
         self._process.check(self.device)
-        return Engine(self.decoder, self._inputs, **options)
+        return Engine(self.decoder, self._inputs, engine_options(options, fields))
+
+    def async_engine(self, options: EngineOptions | None = None, **fields: Unpack[EngineFields]) -> AsyncEngine:
+        """An engine of many callers over this model, with a thread of its own. Arguments and errors are `engine`'s.
+
+        Args:
+            options: as in `engine`.
+            **fields: as in `engine`.
+
+        Returns:
+            The engine; its thread runs until `close` or `shutdown`.
+
+        Raises:
+            InputError: as in `engine`.
+        """
+        return AsyncEngine(self.engine(options, **fields))
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | None = None,
-        **options: Any,
+        **options: Unpack[SamplingFields],
     ) -> RequestOutputs:
         """Generate from a string, token ids, or a list of either, of any lengths.
 
@@ -157,7 +190,7 @@ class Runtime:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | None = None,
-        **options: Any,
+        **options: Unpack[SamplingFields],
     ) -> Iterator[StreamChunk]:
         """Like `generate`, but yields the news of every output as it comes; a chunk prints as its text."""
         return self._stream(self._groups(prompts, sampling_params, options))
@@ -176,7 +209,7 @@ class Runtime:
         self,
         messages: Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> RequestOutput:
         """Answer a conversation, rendered with the model's own chat template.
 
@@ -185,8 +218,9 @@ class Runtime:
         split_special_tokens is set.
         """
         tokenizer = self.require_tokenizer()
-        chat = {name: options.pop(name) for name in CHAT_OPTIONS if name in options}
-        params = self._inputs.params(sampling_params or self.default_sampling_params, options)
+        chat = cast(ChatFields, {name: value for name, value in options.items() if name in CHAT_OPTIONS})
+        sampling = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
+        params = self._inputs.params(sampling_params or self.default_sampling_params, sampling)
         prompt, ids = tokenizer.encode_chat(messages, params.split_special_tokens, **chat)
         return dataclasses.replace(self.generate([ids], params)[0], prompt=prompt)
 
