@@ -94,6 +94,11 @@ class Engine:
         return self._cache.nbytes
 
     @property
+    def closed(self) -> bool:
+        """Whether it was closed, or stopped at a step that failed."""
+        return self._closed
+
+    @property
     def max_cached_tokens(self) -> int:
         """Tokens that the KV cache holds."""
         return self._pool.num_kv_blocks * self._pool.kv_block_size
@@ -252,6 +257,17 @@ class Engine:
                 request.abort()
                 self._news.append(self._delta(request, ()))
         return True
+
+    def abort_all(self) -> None:
+        """End all requests and free their kv_blocks; nothing more is told of them.
+
+        Raises:
+            EngineDead: after `close` or a failed step.
+        """
+        self._require_alive()
+        for request_id in list(self._groups):
+            self.abort(request_id)
+        self._news = []
 
     def stats(self) -> EngineStats:
         return EngineStats(
