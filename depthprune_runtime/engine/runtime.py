@@ -24,7 +24,7 @@ from depthprune_runtime.engine.outputs import OutputDelta, RequestOutput, Reques
 from depthprune_runtime.engine.params import SamplingFields, SamplingParams
 from depthprune_runtime.engine.process import Process
 from depthprune_runtime.engine.prompts import Prompt, listed
-from depthprune_runtime.engine.values import boolean, refuse, token_ids
+from depthprune_runtime.engine.values import boolean, refuse
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.generation_config import generation_config
 from depthprune_runtime.host.devices import may_round_activations, resolve_device, resolve_dtype
@@ -318,23 +318,12 @@ class Runtime:
                 behind a fork.
         """
         self._process.check(self.device)
-        tokens = self._id_tensor(ids)
-        rows = tokens if tokens.dim() == 2 else tokens[None]
+        nested, found = self._inputs.id_rows(ids)
+        rows = torch.tensor(found, dtype=torch.int64, device=self.device)  # [B, S]
         self._inputs.check_length(rows.shape[1], "ids", room=0)
         hidden = self.decoder.hidden_states(rows.flatten(), packed([rows.shape[1]] * rows.shape[0], self.device))
-        return self.decoder.logits(hidden).view(*tokens.shape, -1)
-
-    def _id_tensor(self, ids: Any) -> Tensor:  # [S] or [B, S], int64
-        values = ids.tolist() if hasattr(ids, "tolist") else ids
-        nested = isinstance(values, list | tuple) and len(values) > 0 and isinstance(values[0], Sequence)
-        if nested and not isinstance(values[0], str | bytes):
-            rows = [token_ids(f"ids[{i}]", row, self.spec.vocab_size) for i, row in enumerate(values)]
-        else:
-            nested, rows = False, [token_ids("ids", values, self.spec.vocab_size)]
-        if not rows[0] or len(set(map(len, rows))) > 1:
-            refuse("ids", "shape [S] or [B, S], not empty", [len(row) for row in rows])
-        tokens = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        return tokens if nested else tokens[0]
+        logits = self.decoder.logits(hidden).view(*rows.shape, -1)
+        return logits if nested else logits[0]
 
     def _groups(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None, options: Mapping[str, Any]
