@@ -24,14 +24,15 @@ from depthprune_runtime.engine.inputs import Inputs, Limits, RequestGroup
 from depthprune_runtime.engine.kv_blocks import KVBlockPool
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.engine.memory import kv_bytes, num_kv_blocks
+from depthprune_runtime.engine.news import alternatives, fail_in_text, group_result, new_text, output_delta
 from depthprune_runtime.engine.options import EngineOptions, engine_options
-from depthprune_runtime.engine.outputs import EngineStats, Logprob, OutputDelta, RequestOutput
+from depthprune_runtime.engine.outputs import EngineStats, OutputDelta
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.process import Process
 from depthprune_runtime.engine.prompts import Prompt
 from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.runner import Runner
-from depthprune_runtime.engine.samplers import Choice, Likely, Samplers
+from depthprune_runtime.engine.samplers import Choice, Samplers
 from depthprune_runtime.engine.scheduler import Chunk, Scheduler
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.decoder import Decoder
@@ -91,6 +92,7 @@ class Engine:
 
     @property
     def kv_cache_bytes(self) -> int:
+        """Bytes of the KV cache; 0 once the engine has stopped."""
         return self._cache.nbytes
 
     @property
@@ -110,13 +112,38 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
     ) -> RequestGroup:
-        """The first half of `add_request`: everything that needs no state of the engine. Any thread may call it."""
+        """The first half of `add_request`: everything that needs no state of the engine. Any thread may call it.
+
+        Args:
+            prompt: as in `add_request`.
+            sampling_params: as in `add_request`.
+            request_id: as in `add_request`.
+            priority: as in `add_request`.
+
+        Returns:
+            The outputs to queue with `add`.
+
+        Raises:
+            InputError: for a prompt or parameters that can never run.
+        """
         if request_id is None:  # random, so that no caller's own id is the same
             request_id = f"request-{next(self._numbers)}-{secrets.token_hex(8)}"
         return self.inputs.group(prompt, sampling_params, request_id, priority, limits=self._limits)
 
     def add(self, group: RequestGroup) -> str:
-        """Queue a prepared request; the second half of `add_request`."""
+        """Queue a prepared request; the second half of `add_request`.
+
+        Args:
+            group: what `prepare` made; it can be queued once.
+
+        Returns:
+            Its request_id.
+
+        Raises:
+            InputError: for an id in use, and for what never fits into the KV cache.
+            EngineFull: when `max_waiting` is reached.
+            EngineDead: after `close` or a failed step.
+        """
         self._require_alive()
         if group.request_id in self._groups:
             raise InputError(f"request_id: {group.request_id!r} is in use by an unfinished request")
@@ -131,10 +158,21 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
     ) -> str:
-        """Queue a prompt (text or token ids); returns its id.
+        """Queue a prompt.
 
-        priority: lower is sooner (see `Scheduler` for the rule). Raises InputError for what can never run, EngineFull
-        when `max_waiting` is reached, EngineDead after `close` or a failed step.
+        Args:
+            prompt: text, token ids, or one of vLLM's dictionaries.
+            sampling_params: by default the model's own.
+            request_id: 1 to 256 printable characters; by default one that nobody else has.
+            priority: lower is sooner (see `Scheduler` for the rule), -2**31 to 2**31 - 1.
+
+        Returns:
+            The request's id, which its deltas carry.
+
+        Raises:
+            InputError: for what can never run.
+            EngineFull: when `max_waiting` is reached.
+            EngineDead: after `close` or a failed step.
         """
         return self.add(self.prepare(prompt, sampling_params, request_id, priority))
 
@@ -146,8 +184,12 @@ class Engine:
     def step(self) -> list[OutputDelta]:
         """Compute one batch; what it brought each output, and the ends of those aborted since the last step.
 
-        A request that fails alone ends with finish_reason "error". An exception from here is a defect or a lost
-        device: the engine has then stopped for good. InputError behind a fork, where OpenMP's threads are missing.
+        A request that fails alone ends with finish_reason "error". Any other exception than the two below is a defect
+        or a lost device: the engine has then stopped for good.
+
+        Raises:
+            InputError: behind a fork, where OpenMP's threads are missing.
+            EngineDead: after `close` or a failed step.
         """
         self._require_alive()
         self._process.check(self._decoder.device)
@@ -205,21 +247,16 @@ class Engine:
             request.fail(choice.error)
         else:
             try:
-                request.append(choice.token, self._alternatives(choice.likely))
+                request.append(choice.token, alternatives(choice.likely, self.inputs))
             except Exception as error:
-                _fail_in_text(request, error)
+                fail_in_text(request, error)
         new = tuple(request.token_ids[before:])
         self._num_output_tokens += len(new)
         return self._delta(request, new, damaged=choice.error is not None)
 
-    def _alternatives(self, likely: Likely | None) -> dict[int, Logprob] | None:
-        if likely is None:
-            return None
-        return {t: Logprob(p, rank, self.inputs.token_text(t)) for t, p, rank in likely}
-
     def _delta(self, request: Request, new: tuple[int, ...], damaged: bool = False) -> OutputDelta:
         """News of a request; takes it out if it has ended."""
-        text, result = _new_text(request), None
+        text, result = new_text(request), None
         if request.finish_reason is not None:
             if request.error is not None:
                 _log.warning("request %s failed: %s", request.request_id, request.error)
@@ -230,24 +267,21 @@ class Engine:
             group.num_unfinished -= 1
             if group.num_unfinished == 0:
                 del self._groups[group.request_id]
-                result = _result(group)
-        logprobs = None
-        if request.params.logprobs is not None:
-            logprobs = tuple(request.logprobs[len(request.logprobs) - len(new) :]) if new else ()
-        return OutputDelta(
-            request.request_id,
-            request.output_index,
-            text,
-            new,
-            logprobs,
-            request.finish_reason,
-            request.stop_reason,
-            request.error,
-            result,
-        )
+                result = group_result(group)
+        return output_delta(request, text, new, result)
 
     def abort(self, request_id: str) -> bool:
-        """End a request and free its kv_blocks; its last delta comes with the next step. False if it has ended."""
+        """End a request and free its kv_blocks; its last delta comes with the next step.
+
+        Args:
+            request_id: of the request.
+
+        Returns:
+            False if it is unknown or has ended.
+
+        Raises:
+            EngineDead: after `close` or a failed step.
+        """
         self._require_alive()
         group = self._groups.get(request_id)
         if group is None:
@@ -270,6 +304,7 @@ class Engine:
         self._news = []
 
     def stats(self) -> EngineStats:
+        """State and totals, at any time."""
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=self._scheduler.num_waiting,
@@ -309,21 +344,3 @@ class Engine:
         """Assert the invariants of scheduler and pool. For tests."""
         self._scheduler.check()
         self._samplers.check({r.arrival for g in self._groups.values() for r in g.requests if not r.finished})
-
-
-def _fail_in_text(request: Request, error: Exception) -> None:
-    request.fail(f"its text cannot be decoded: {type(error).__name__}: {error}")
-
-
-def _new_text(request: Request) -> str:
-    try:
-        return request.take_news()
-    except Exception as error:
-        _fail_in_text(request, error)
-        return ""
-
-
-def _result(group: RequestGroup) -> RequestOutput:
-    outputs = tuple(r.output() for r in group.requests)
-    cached = group.requests[0].num_cached_tokens
-    return RequestOutput(group.request_id, group.prompt, group.prompt_ids, outputs, True, cached)

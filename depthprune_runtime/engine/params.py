@@ -85,10 +85,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, whichever form it was given in."""
         return self.stop if isinstance(self.stop, tuple) else tuple(self.stop)
 
 
