@@ -191,7 +191,7 @@ def test_norm_logits_of_damaged_rows_and_equal_logits() -> None:
     x, gain = torch.ones(3, 32), torch.ones(32)
     x[1, 5] = torch.nan
     weight = torch.zeros(40, 32)
-    _, best, tokens = norm_linear.norm_logits(x, gain, EPS, [weight], [40, 0, 0])
+    _, best, tokens = norm_linear.norm_logits(x, gain, EPS, *pack(weight))
     assert best[1].tolist() == [torch.inf] * 3
     assert best[0].tolist() == [0.0] * 3
     assert tokens[0].tolist() == [0, 16, 32]
@@ -249,13 +249,13 @@ def test_draw_tokens(size: int) -> None:
 def test_errors_name_the_argument() -> None:
     x, gain, weight = torch.ones(2, 8), torch.ones(8), torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"norm_linear: expected weight of shape \[4, 8\]"):
-        norm_linear.norm_linear(x, gain, EPS, [torch.ones(4, 7)], [4, 0, 0], None)
+        norm_linear.norm_linear(x, gain, EPS, *pack(torch.ones(4, 7)), None)
     with pytest.raises(ValueError, match=r"norm_linear: expected norm of shape \[8\]"):
-        norm_linear.norm_linear(x, torch.ones(7), EPS, [weight], [4, 0, 0], None)
+        norm_linear.norm_linear(x, torch.ones(7), EPS, *pack(weight), None)
     with pytest.raises(ValueError, match=r"norm_gated_linear: expected a weight of an even number of rows, got 5"):
-        norm_linear.norm_gated_linear(x, gain, EPS, [torch.ones(5, 8)], [5, 0, 0], None)
+        norm_linear.norm_gated_linear(x, gain, EPS, *pack(torch.ones(5, 8)), None)
     with pytest.raises(ValueError, match=r"linear_add: expected residual of shape \[2, 4\]"):
-        linear_add.linear_add(x, torch.ones(2, 5), [weight], [4, 0, 0], None)
+        linear_add.linear_add(x, torch.ones(2, 5), *pack(weight), None)
     cache = torch.ones(1, 4, 1, 8)
     with pytest.raises(ValueError, match=r"norm_qkv: expected a weight of \(H \+ 2 \* 1\) \* 8 rows"):
         norm_qkv.norm_qkv(
