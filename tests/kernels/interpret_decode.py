@@ -259,6 +259,6 @@ def test_errors_name_the_argument() -> None:
     cache = torch.ones(1, 4, 1, 8)
     with pytest.raises(ValueError, match=r"norm_qkv: expected a weight of \(H \+ 2 \* 1\) \* 8 rows"):
         norm_qkv.norm_qkv(
-            x, gain, EPS, [torch.ones(12, 8)], [12, 0, 0], None, torch.ones(4, 2, 4), torch.zeros(2, dtype=torch.int64),
+            x, gain, EPS, *pack(torch.ones(12, 8)), None, torch.ones(4, 2, 4), torch.zeros(2, dtype=torch.int64),
             torch.zeros(2, dtype=torch.int64), cache, cache.clone(),
         )  # fmt: skip
