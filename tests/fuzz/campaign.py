@@ -75,6 +75,7 @@ class Bench:
 
     def prepare(self) -> None:
         """Build the originals and see what each gives unchanged."""
+        import pico  # noqa: F401  # with Transformers, which children would each import
         import torch
 
         torch.set_num_threads(1)
@@ -89,7 +90,7 @@ class Bench:
         for original in self.originals["requests"]:
             self._load(original)
         for original in (self.originals["native"][0], self.originals["gguf"][0]):
-            for extra in EXTRAS:
+            for extra in dict.fromkeys(EXTRAS):
                 self._warm(replace(self._plain(original), extra=extra))
         gc.collect()
         gc.freeze()

@@ -6,6 +6,7 @@ are the calls that ended in anything but a result or one of `ALLOWED`; the exit 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import sys
@@ -337,6 +338,7 @@ def in_child(name: str) -> list[str]:
 def main(names: list[str]) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a fork has one thread
+    importlib.import_module("torch._dynamo")  # a call with a meta tensor imports it, which takes longer than the calls
     missing = set(REFERENCES) - set(BASES)
     if missing:
         print(f"no arguments for {sorted(missing)}")
