@@ -103,7 +103,7 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _one(work: Callable[[], Any], lines: _Lines, output: int, size: int) -> Report:
-    """What becomes of `work` here. size: memory of the child when it began."""
+    """What becomes of `work` here. size: least memory that the child has had."""
     os.ftruncate(output, 0)
     lines.lines, begin, report = [], _used(), Report()
     try:
@@ -149,6 +149,7 @@ def _child(works: Sequence[Callable[[], Any]], pipe: int, output: int) -> None:
     with os.fdopen(pipe, "wb", closefd=False) as file:
         for work in works:
             resource.setrlimit(resource.RLIMIT_CPU, (round(_used()) + CPU_SECONDS, hard))
+            size = min(size, _status("VmRSS"))  # what it gave back since must not hide what it takes
             report = _one(work, lines, output, size)
             data = pickle.dumps(report)
             file.write(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
