@@ -69,8 +69,8 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Step:
-    """One removal of a greedy search: the how-manieth, what (parent's numbering), and the distance of the model
-    without it.
+    """One removal of a greedy search: its place in the order, the sub-layer in the parent's numbering, and the
+    distance of the model without it.
 
     kind: attention or ffn; block: of the dense parent; evaluations: sub-layers run over the whole
     calibration set to decide it; plain_evaluations: what re-running the model for every candidate takes.

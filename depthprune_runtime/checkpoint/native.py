@@ -117,7 +117,7 @@ class NativeCheckpoint(Checkpoint):
                 raise InputError(
                     f"{self.path.with_name(file)}: damaged: its tensors are not those that its description lists"
                 )
-        if not set(wanted) <= set(entries):
+        if not set(wanted) <= set(entries) or _GUARD_NAME not in self._checksums:
             raise InputError(f"{self.path}: damaged: its tensors are not those that its description lists")
         for expected in wanted.values():
             entry, dtype = entries[expected.name], DTYPE_NAMES[expected.dtype]

@@ -97,7 +97,10 @@ def remove_stale(path: Path) -> None:
 
 @contextlib.contextmanager
 def publishing(folder: Path) -> Iterator[None]:
-    """Keep other writers of ours out of `folder`, where the system and the disk know such locks, meanwhile."""
+    """Lock `folder` against other writers of this package while the body runs.
+
+    Without locks of files on this system or disk, nothing is locked.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):
             import fcntl

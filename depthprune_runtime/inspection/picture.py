@@ -30,7 +30,11 @@ class _Gone:
 
 
 def removals(plan: dict[str, Any] | None) -> tuple[dict[tuple[str, int], _Gone], str]:
-    """((kind, block) -> what is known, what the values are) from a plan's settings; empty where it says nothing."""
+    """Order and distance of what a plan removed.
+
+    Returns:
+        (kind, block) -> what the plan's settings say of it, empty where they say nothing; what its values mean.
+    """
     settings: dict[str, Any] = plan.get("settings", {}) if plan is not None else {}
     if "ranking" in settings:
         ranking = settings["ranking"]

@@ -22,7 +22,7 @@ from depthprune_runtime.checkpoint.base import (
     TOKENIZER_FILE,
     Checkpoint,
 )
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.host.heap import return_free_heap
 from depthprune_runtime.text.detokenizer import Detokenizer, is_library_error
 from depthprune_runtime.text.stream import TextStream
@@ -86,7 +86,7 @@ class Tokenizer:
         except BaseException as error:
             if not is_library_error(error):
                 raise
-            raise InputError(f"{checkpoint.name}: its {TOKENIZER_FILE} cannot be read: {error}") from error
+            raise InputError(f"{checkpoint.name}: its {TOKENIZER_FILE} cannot be read: {printable(error)}") from error
         return_free_heap()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
