@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from depthprune_runtime.checkpoint.container import TensorEntry
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000  # bytes of weights in a file, as in Transformers
 SHARD_FORMAT = "depthprune-shard"
@@ -36,11 +36,13 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 def parse_size(value: int | str) -> int:
     """Bytes from a number of them, or from text such as `5GB` or `500MiB`."""
     if isinstance(value, str):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", value.strip().upper())
+        found = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Z]*)", value.strip().upper())
         if found is not None and found[2] in _UNITS:
             value = int(float(found[1]) * _UNITS[found[2]])
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"max_shard_size: expected bytes, or a size such as 5GB or 500MiB, got {value!r}")
+        raise InputError(
+            f"max_shard_size: expected bytes, or a size such as 5GB or 500MiB, got {printable(repr(value))}"
+        )
     return value
 
 

@@ -153,7 +153,7 @@ def _plain(value: Any, what: str, level: int = 0) -> Any:
     if level > _MAX_LEVELS:
         raise InputError(f"{what}: expected at most {_MAX_LEVELS} levels of objects, got more")
     if isinstance(value, Mapping):
-        return {_plain(k, what, level + 1): _plain(v, f"{what}.{k}"[:100], level + 1) for k, v in value.items()}
+        return {_key(k, what): _plain(v, f"{what}.{k}"[:100], level + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v, f"{what}[{i}]", level + 1) for i, v in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -161,6 +161,13 @@ def _plain(value: Any, what: str, level: int = 0) -> Any:
     if callable(getattr(value, "model_dump", None)):  # pydantic, such as the messages of OpenAI's package
         return _plain(value.model_dump(), what, level + 1)
     raise InputError(f"{what}: expected text, numbers, lists and objects, got {type(value).__name__}")
+
+
+def _key(key: Any, what: str) -> Any:
+    plain = _plain(key, what)
+    if isinstance(plain, list | dict):
+        raise InputError(f"{what}: expected text as names, got {type(key).__name__}")
+    return plain
 
 
 def _conversation(messages: Any) -> list[dict[str, Any]]:

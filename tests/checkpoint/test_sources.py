@@ -14,6 +14,8 @@ from gguf_files import write_gguf
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.evaluation.task_files import find_task
+from depthprune_runtime.texts import load_text
 
 IDS = list(range(2, 42))
 
@@ -154,3 +156,21 @@ def test_missing_paths():
     for name in ("nowhere.safetensors", "/nowhere/at/all", "a b"):
         with pytest.raises(InputError, match="no such file or folder"):
             open_checkpoint(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a" * 300, r"aaa(\.\.\.)?: cannot be read: File name too long"),
+        ("~nobody-of-this-name/m", "~nobody-of-this-name/m: cannot be read: Could not determine home directory"),
+        (b"m", "expected a path, got b'm'"),
+        (None, "expected a path, got None"),
+    ],
+)
+def test_names_that_no_file_can_have(name, message):
+    readers = {"model": open_checkpoint}
+    if isinstance(name, str):
+        readers |= {"text": load_text, "task": lambda name: find_task(name + ".jsonl")}
+    for what, read in readers.items():
+        with pytest.raises(InputError, match=f"^{what}.*{message if what != 'task' else 'cannot be read'}"):
+            read(name)

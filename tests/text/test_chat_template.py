@@ -46,7 +46,7 @@ TOOLS = """{%- macro text(content) %}
     {%- if message.reasoning_content %}<think>{{ message['reasoning_content'][:5] }}</think>{% endif %}
 {%- endfor %}
 {{- ns.calls }}{{ ns.names | join(', ') | upper }}
-{{- "%s-%05.1f" | format('x', 2.5) }}{{ '%d%%' % 5 }}{{ 'a{}b'.format(1) }}
+{{- "%s-%05.1f" | format('x', 2.5) }}{{ '%d%% of 2024 %%5000d' % 5 }}{{ 'a{}b'.format(1) }}
 {%- for key, value in (documents or [{}])[0] | dictsort %}{{ key }}={{ value }};{% endfor %}
 {%- if enable_thinking is defined and not enable_thinking %}<no think>{% endif %}
 {%- set groups = messages | map(attribute='role') | unique | list %}{{ groups }}{{ [1, 2] * 2 }}{{ 2 ** 10 }}
@@ -150,6 +150,9 @@ TOO_MUCH = {
     "indentation": "{{ 'a\n' | indent(10**9) }}",
     "a text as indentation": "{{ ('\n' * 100000) | indent('x' * 100000) }}",
     "formats": "{{ '%1000000000d' % 5 }}",
+    "formats with a precision": "{{ '%5.1000000000f' % 5 }}",
+    "formats by name": "{{ '%((a))1000000000s' % {'(a)': 5} }}",
+    "formats behind a per cent sign": "{{ '%%%1000000000s' % 5 }}",
     "formats with a given width": "{{ '%*d' % (10**9, 5) }}",
     "the format filter": "{{ '%1000000000d' | format(5) }}",
     "str.format": "{{ '{:1000000000}'.format(5) }}",
@@ -234,6 +237,7 @@ def test_a_long_conversation_stays_within_the_limits():
         ([{"role": "user", "content": [{"type": "input_audio"}]}], {}, "got 'input_audio'"),
         ([{"role": "user", "content": [{"type": "text"}]}], {}, r"content\[0\]: expected its text as a string"),
         ([{"role": "user", "content": object()}], {}, r"messages\[0\].content: expected text, numbers, .* got object"),
+        ([{**USER, ("a",): 1}], {}, r"messages\[0\]: expected text as names, got tuple"),
         ([USER], {"tools": [print]}, "tools: expected a list of JSON objects"),
         ([USER], {"tools": "f"}, "tools: expected a list of JSON objects"),
         ([USER], {"chat_template": 3}, "chat_template: expected a template or the name of one, got int"),
