@@ -59,6 +59,48 @@ def test_gguf_rope_factors_are_llama3_scaling(tmp_path):
     assert float((runtime.logits(IDS) - theirs).norm() / theirs.norm()) <= 1e-5
 
 
+TYPE, FACTOR, OLD = "llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scale_linear"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "stretch"),
+    [
+        ({}, 1.0),
+        ({TYPE: "none", FACTOR: 4.0}, 1.0),
+        ({TYPE: "linear", FACTOR: 4.0}, 4.0),
+        ({FACTOR: 4.0}, 4.0),
+        ({OLD: 2.0}, 2.0),
+        ({FACTOR: 4.0, OLD: 2.0}, 4.0),
+        ({TYPE: "linear"}, 1.0),
+    ],
+)
+def test_gguf_positions_are_stretched_as_llama_cpp_does(metadata, stretch, tmp_path):
+    """Its frequencies are divided by the factor and by `rope_freqs`, if there are both; a missing type is linear."""
+    model = pico.build_model("llama", num_hidden_layers=1)
+    rope = open_checkpoint(write_gguf(model, tmp_path / "m.gguf", metadata=metadata)).spec.rope
+    assert (rope.kind, rope.factor) == (("default", 1.0) if stretch == 1 else ("linear", stretch))
+    factors = np.arange(1, model.config.head_dim // 2 + 1, dtype=np.float32)
+    path = write_gguf(model, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors}, metadata=metadata)
+    assert open_checkpoint(path).spec.rope.factors == tuple(stretch * factors)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({TYPE: "yarn", FACTOR: 4.0}, r"rope\.scaling\.type: expected 'none' or 'linear', got 'yarn'"),
+        ({TYPE: 3}, r"rope\.scaling\.type: expected 'none' or 'linear', got 3"),
+        ({FACTOR: 0.0}, r"rope\.scaling\.factor: expected a positive number"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, r"rope\.scaling\.attn_factor: values other than 1\.0"),
+    ],
+)
+def test_gguf_positions_of_another_kind_are_refused(metadata, message, tmp_path):
+    model = pico.build_model("llama", num_hidden_layers=1)
+    factors = np.ones(model.config.head_dim // 2, dtype=np.float32)
+    path = write_gguf(model, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors}, metadata=metadata)
+    with pytest.raises(InputError, match=rf"m\.gguf: llama\.{message}"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "F16", "BF16"])
 def test_gguf_is_dequantised_as_the_gguf_package_does(name, tmp_path):
     quantization = gguf.GGMLQuantizationType[name]
