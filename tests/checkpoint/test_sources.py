@@ -164,6 +164,11 @@ def change_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def with_index(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -183,8 +188,8 @@ def change_config(folder, **changes):
         (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "damaged or not a safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-7]), "truncated"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded"),
-        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}'), "shards are missing"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not a weight index"),
+        (lambda f: with_index(f, '{"weight_map": {"a": "b"}}'), "shards are missing"),
+        (lambda f: with_index(f, "[]"), "not a weight index"),
     ],
 )
 def test_bad_folders_are_one_line(folder, damage, message):
