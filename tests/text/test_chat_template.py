@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 
 import numpy as np
 import pico
@@ -307,3 +308,35 @@ def test_special_tokens_in_a_message_are_text_if_so_wished(folder):
     assert quoted.prompt == plain.prompt
     assert quoted.prompt_token_ids.count(control[0]) == 1 and quoted.prompt_token_ids[-1] == control[0]
     assert tokenizer.decode(quoted.prompt_token_ids, skip_special_tokens=False) == quoted.prompt
+
+
+END = "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0].content }}", f"a {END} b"),
+        ("{{ messages[0].content | tojson(ensure_ascii=True) }}", f'"a {END} b"'),
+        ("{{ messages[0] }}", f"{{'role': 'user', 'content': 'a {END} b'}}"),
+        ("{{ messages[0].content[:-4] }}", f"a {END}"),
+        ("{{ messages[0].content[4:] }}", f"{END} b"),
+        ("{{ messages[0].content.split('<|end|>') | join('-') }}", "a - b"),
+    ],
+)
+def test_special_tokens_stay_text_whatever_a_template_does_with_them(template, text):
+    found = ChatTemplate({"default": template + END}, {}, [END]).render(
+        [{"role": "user", "content": f"a {END} b"}], quote=True
+    )
+    assert [found.text[a:b] for a, b in found.quoted] == [END] * text.count(END)
+    assert all(b < len(found.text) for _, b in found.quoted)  # the last one is the template's
+    digits = re.compile(r"\d+")
+    assert digits.sub("", found.text) == text + END and len(digits.findall(found.text)) <= 1  # a half of a cut mark
+
+
+def test_a_message_cannot_quote_what_the_template_writes():
+    marks = [chr(code) for code in (0xF0000, 0xF0001)]
+    messages = [{"role": "user", "content": "a" + marks[0]}, {"role": "assistant", "content": marks[1] + "b"}]
+    template = "{{ messages[0].content }}<|end|>{{ messages[1].content }}"
+    found = ChatTemplate({"default": template}, {}, [END]).render(messages, quote=True)
+    assert found == (f"a{marks[0]}{END}{marks[1]}b", [])
