@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from depthprune_runtime.engine.async_engine import AsyncEngine
     from depthprune_runtime.engine.engine import Engine
     from depthprune_runtime.engine.errors import EngineDead, EngineFull
+    from depthprune_runtime.engine.options import EngineOptions
     from depthprune_runtime.engine.outputs import CompletionOutput, RequestOutput
     from depthprune_runtime.engine.params import SamplingParams
     from depthprune_runtime.engine.runtime import Runtime
@@ -30,6 +31,7 @@ __all__ = [
     "Engine",
     "EngineDead",
     "EngineFull",
+    "EngineOptions",
     "InputError",
     "RequestOutput",
     "Runtime",
@@ -48,6 +50,7 @@ _HOMES = {
     "Engine": "engine.engine",
     "EngineDead": "engine.errors",
     "EngineFull": "engine.errors",
+    "EngineOptions": "engine.options",
     "InputError": "errors",
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",
