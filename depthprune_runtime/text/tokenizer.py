@@ -228,8 +228,9 @@ def _chat_templates(file: str | None, config: Mapping[str, Any]) -> dict[str, st
     if isinstance(stated, str):
         stated = {"default": stated}
     elif isinstance(stated, list):
-        stated = {t.get("name"): t.get("template") for t in stated if isinstance(t, dict)}
+        named = [(t.get("name"), t.get("template")) for t in stated if isinstance(t, dict)]
+        stated = {name: text for name, text in named if isinstance(name, str)}
     found = dict(stated) if isinstance(stated, dict) else {}
     if file is not None:
         found["default"] = file
-    return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
