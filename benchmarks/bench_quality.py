@@ -56,8 +56,9 @@ def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
 
     from depthprune_runtime.checkpoint import open_checkpoint, write_native
     from depthprune_runtime.fitting.calibrator import Calibrator
+    from depthprune_runtime.fitting.options import REPAIR_WINDOWS
     from depthprune_runtime.pruning import prune as pipeline
-    from depthprune_runtime.pruning.options import REPAIR_WINDOWS, FlattenGPTOptions
+    from depthprune_runtime.pruning.options import FlattenGPTOptions
     from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
     from depthprune_runtime.spec import AttentionSpec
 

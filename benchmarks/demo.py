@@ -18,8 +18,8 @@ from bench_decode import ours
 from common import interleaved, print_json, spread
 
 from depthprune_runtime import Runtime, import_model, perplexity, prune
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.texts import load_text
 
 PROMPT = "A good way to learn a new language is"

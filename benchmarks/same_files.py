@@ -26,8 +26,8 @@ import torch
 from common import print_json
 
 from depthprune_runtime import prune, quantize
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.pruning.names import Method, Repair
-from depthprune_runtime.pruning.options import RepairOptions
 
 FAMILIES = {"llama": torch.float32, "qwen3": torch.bfloat16}
 TOKENS = {"samples": 72, "seq_len": 64}  # more than one batch

@@ -33,8 +33,8 @@ from depthprune_runtime import InputError, Runtime, import_model, perplexity, pr
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.evaluation.task_files import find_task, load_task
 from depthprune_runtime.evaluation.tasks import evaluate_task
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.texts import load_text

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from depthprune_runtime.checkpoint.writing import import_model
     from depthprune_runtime.engine.async_engine import AsyncEngine
     from depthprune_runtime.engine.engine import Engine
     from depthprune_runtime.engine.errors import EngineDead, EngineFull
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from depthprune_runtime.engine.runtime import Runtime
     from depthprune_runtime.errors import InputError
     from depthprune_runtime.evaluation.perplexity import perplexity
-    from depthprune_runtime.pruning.prune import import_model, prune
+    from depthprune_runtime.pruning.prune import prune
     from depthprune_runtime.quantization.quantize import quantize
 
 __all__ = [
@@ -52,7 +53,7 @@ _HOMES = {
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",
     "SamplingParams": "engine.params",
-    "import_model": "pruning.prune",
+    "import_model": "checkpoint.writing",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning.prune",
     "quantize": "quantization.quantize",

@@ -52,7 +52,7 @@ def _summary(parent: Any, spec: Any) -> dict[str, Any]:
 
 
 def _repair_choice(args: argparse.Namespace) -> Any:
-    from depthprune_runtime.pruning.options import RepairOptions
+    from depthprune_runtime.fitting.options import RepairOptions
 
     values = {field: getattr(args, name) for name, field in _REPAIR_OPTIONS.items()}
     given = {field: value for field, value in values.items() if value is not None}
@@ -163,7 +163,7 @@ def _prune(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from depthprune_runtime.pruning.prune import import_model
+    from depthprune_runtime.checkpoint.writing import import_model
 
     spec = import_model(
         args.model,
@@ -204,15 +204,13 @@ def add_prune(commands: Any, common: Parser) -> None:
 
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
+    from depthprune_runtime.fitting.options import ANSWERS, SCOPES, WEIGHTINGS
     from depthprune_runtime.pruning.names import (
-        ANSWERS,
         DISTANCES,
         GROUPINGS,
         KINDS,
-        SCOPES,
         SCORES,
         SELECTIONS,
-        WEIGHTINGS,
     )
 
     yes_or_no = argparse.BooleanOptionalAction

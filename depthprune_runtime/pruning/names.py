@@ -11,9 +11,6 @@ Selection = Literal["auto", "importance", "after-repair"]
 Distance = Literal["js_reverse", "js", "kl", "angular", "norm", "perplexity"]
 Kind = Literal["attention", "ffn"]
 Repair = Literal["ridge", "none"]
-Weighting = Literal["rms", "none"]
-Answers = Literal["before", "after"]
-Scope = Literal["all", "edited"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -26,6 +23,3 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order that they have in a block
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
-WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
-ANSWERS: tuple[Answers, ...] = get_args(Answers)
-SCOPES: tuple[Scope, ...] = get_args(Scope)

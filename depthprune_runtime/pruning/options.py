@@ -16,55 +16,24 @@ and rows 500 and later of the tasks.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.options import check_choice, check_flags, check_number
 from depthprune_runtime.pruning.names import (
-    ANSWERS,
     DISTANCES,
     GROUPINGS,
     KINDS,
     PROTECTED_SCORES,
-    SCOPES,
     SCORES,
     SELECTIONS,
-    WEIGHTINGS,
-    Answers,
     Distance,
     Grouping,
     Kind,
-    Scope,
     Score,
     Selection,
-    Weighting,
 )
-
-_T = TypeVar("_T")
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-
-def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:  # type: ignore[operator]
-        raise InputError(f"{name}: expected a number from {low} to {high}, got {value!r}")
-
-
-def _flags(options: object, *names: str) -> None:
-    for name in names:
-        if not isinstance(value := getattr(options, name), bool):
-            raise InputError(f"{name}: expected True or False, got {value!r}")
-
-
-def _count(name: str, value: object) -> None:
-    """None leaves the number to the purpose."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InputError(f"{name}: expected an integer from 1 on, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -76,9 +45,9 @@ class ShortGPTOptions:
     protect_last: bool | None = None
 
     def __post_init__(self) -> None:
-        _choice("score", self.score, SCORES)
+        check_choice("score", self.score, SCORES)
         if self.protect_last is not None:
-            _flags(self, "protect_last")
+            check_flags(self, "protect_last")
 
 
 @dataclass(frozen=True)
@@ -94,11 +63,11 @@ class FinerCutOptions:
     state_file: str | None = None
 
     def __post_init__(self) -> None:
-        _choice("distance", self.distance, DISTANCES)
-        _flags(self, "fast")
-        _number("front_protection", self.front_protection, 0.0, 1.0)
+        check_choice("distance", self.distance, DISTANCES)
+        check_flags(self, "fast")
+        check_number("front_protection", self.front_protection, 0.0, 1.0)
         if self.only is not None:
-            _choice("only", self.only, KINDS)
+            check_choice("only", self.only, KINDS)
 
 
 @dataclass(frozen=True)
@@ -118,45 +87,12 @@ class FlattenGPTOptions:
     leverage_lam: float = 10.0
 
     def __post_init__(self) -> None:
-        _choice("grouping", self.grouping, GROUPINGS)
-        _choice("selection", self.selection, SELECTIONS)
-        _flags(self, "pairs_only", "compensate")
-        _number("keep_width", self.keep_width, 0.0, 1.0)
-        _number("leverage_lam", self.leverage_lam, 1e-9)
+        check_choice("grouping", self.grouping, GROUPINGS)
+        check_choice("selection", self.selection, SELECTIONS)
+        check_flags(self, "pairs_only", "compensate")
+        check_number("keep_width", self.keep_width, 0.0, 1.0)
+        check_number("leverage_lam", self.leverage_lam, 1e-9)
 
-
-@dataclass(frozen=True)
-class RepairOptions:
-    """lam: ridge relative to the mean of the Gram diagonal; weighting: of the tokens; answers_for: whether a dropped
-    sub-layer is answered for by the kept one before or after it; scope: which sub-layers are solved anew, all from the
-    first edit on, or only those that were merged or answer for dropped ones; strength: share of every weight's change
-    that is written, None: what suits the method (`STRENGTHS`); samples, seq_len: windows of the walk, None: as many as
-    the caller chose for scoring, else `REPAIR_WINDOWS`, fewer if the text has no more."""
-
-    lam: float = 0.05
-    weighting: Weighting = "rms"
-    answers_for: Answers = "before"
-    scope: Scope = "all"
-    strength: float | None = None
-    samples: int | None = None
-    seq_len: int | None = None
-
-    def __post_init__(self) -> None:
-        _number("repair lam", self.lam, 0.0)
-        _choice("repair weighting", self.weighting, WEIGHTINGS)
-        _choice("repair answers_for", self.answers_for, ANSWERS)
-        _choice("repair scope", self.scope, SCOPES)
-        _count("repair samples", self.samples)
-        _count("repair seq_len", self.seq_len)
-        if self.strength is not None:
-            _number("repair strength", self.strength, 0.0, 1.0)
-
-    def suited(self, method: str) -> RepairOptions:
-        """With every choice that is left to the method decided."""
-        return self if self.strength is not None else replace(self, strength=STRENGTHS[method])
-
-
-REPAIR_WINDOWS = (128, 512)  # samples, seq_len
 
 # FinerCut does not know that a repair follows; the whole change costs zero-shot accuracy where it drops much. So the
 # least that keeps the perplexity of WikiText-2 valid; see the module's docstring for the rows.

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint, write_native
+from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.checkpoint.outputs import as_path, check_destination, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
+from depthprune_runtime.checkpoint.writing import write
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import CalibrationSet
 from depthprune_runtime.fitting.calibrator import Calibrator
+from depthprune_runtime.fitting.options import REPAIR_WINDOWS, RepairOptions
 from depthprune_runtime.host.devices import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.amount import Request
@@ -23,11 +25,10 @@ from depthprune_runtime.pruning.finercut.search import plan_finercut
 from depthprune_runtime.pruning.flattengpt.grouping import check_merges, plan_flattengpt
 from depthprune_runtime.pruning.names import REPAIRS, Method, Repair
 from depthprune_runtime.pruning.options import (
-    REPAIR_WINDOWS,
+    STRENGTHS,
     FinerCutOptions,
     FlattenGPTOptions,
     MethodOptions,
-    RepairOptions,
     ShortGPTOptions,
     method_options,
     resolved,
@@ -57,15 +58,6 @@ class PruneResult:
     @property
     def sparsity(self) -> float:
         return 1.0 - self.spec.num_parameters() / self.parent.num_parameters()
-
-
-def write(
-    checkpoint: Checkpoint, output: Path, progress: Progress, max_shard_size: int | str, overwrite: bool = False
-) -> None:
-    """Write `checkpoint` with a bar; see `write_native`."""
-    total = sum(map(len, checkpoint.entries().values())) + len(checkpoint.assets)
-    with progress.stage(f"write {output.name}", total) as advance:
-        write_native(output, checkpoint, lambda _: advance(), max_shard_size, overwrite)
 
 
 def prune(
@@ -149,10 +141,10 @@ def prune(
 
 def _repair_options(repair: Repair | RepairOptions, method: Method) -> RepairOptions | None:
     if isinstance(repair, RepairOptions):
-        return repair.suited(method)
+        return repair.suited(STRENGTHS[method])
     if repair not in REPAIRS:
         raise InputError(f"repair: expected one of {', '.join(REPAIRS)}, got {repair!r}")
-    return RepairOptions().suited(method) if repair == "ridge" else None
+    return RepairOptions().suited(STRENGTHS[method]) if repair == "ridge" else None
 
 
 def _mending_windows(
@@ -260,36 +252,3 @@ def _rebuild(
     walk = rebuild.walk(data.windows)
     with progress.stage("repair" if mending is not None else "narrow", walk.steps) as advance:
         return rebuild.run(walk, advance)
-
-
-def import_model(
-    model: str | Path,
-    output: str | Path,
-    *,
-    dtype: str | torch.dtype | None = None,
-    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> DecoderSpec:
-    """Write dense `model` unchanged as one self-contained file of our own.
-
-    Args:
-        model: a Hugging Face folder or hub id, a GGUF file, or our file.
-        output: the file to write.
-        dtype: of the output; by default the source's.
-        max_shard_size: as in `prune`.
-        overwrite: as in `prune`.
-        progress: bars on stderr; by default none.
-
-    Returns:
-        The model's spec.
-
-    Raises:
-        InputError: where the source or the output will not do.
-    """
-    path = as_path(output, "output")
-    max_shard_size = parse_size(max_shard_size)
-    checkpoint = open_checkpoint(model, resolve_dtype(dtype))
-    check_output(path, checkpoint.source_files, overwrite)
-    write(checkpoint, path, progress or Progress(), max_shard_size, overwrite)
-    return checkpoint.spec

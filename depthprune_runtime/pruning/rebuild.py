@@ -11,6 +11,7 @@ from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.fitting import projection as repair
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.fitting.states import TensorStore
 from depthprune_runtime.fitting.walk import Visit, Walk
 from depthprune_runtime.model.decoder import SublayerLoader
@@ -19,7 +20,7 @@ from depthprune_runtime.progress import Advance
 from depthprune_runtime.pruning.flattengpt import merging
 from depthprune_runtime.pruning.flattengpt import units as narrowing
 from depthprune_runtime.pruning.flattengpt.elimination import choose_after_repair
-from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
+from depthprune_runtime.pruning.options import FlattenGPTOptions
 from depthprune_runtime.pruning.plan import Edit, Narrow, PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.spec import AttentionSpec, SublayerSpec

@@ -12,14 +12,14 @@ from torch import Tensor
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.checkpoint.outputs import as_path, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
+from depthprune_runtime.checkpoint.writing import write
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import CalibrationSet
 from depthprune_runtime.fitting.calibrator import Calibrator
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.fitting.walk import Walk
 from depthprune_runtime.host.devices import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.options import RepairOptions
-from depthprune_runtime.pruning.prune import write
 from depthprune_runtime.quantization.calibrated import Calibrated
 from depthprune_runtime.quantization.names import DEFAULT_GROUPS, HEAD_BITS, QUANT_METHODS, QuantMethod
 from depthprune_runtime.quantization.rtn import rtn

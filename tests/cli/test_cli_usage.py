@@ -16,7 +16,7 @@ from depthprune_runtime import InputError, prune
 from depthprune_runtime.cli import main
 from depthprune_runtime.cli.common import print_json, show
 from depthprune_runtime.cli.interrupt import Written
-from depthprune_runtime.pruning.options import RepairOptions
+from depthprune_runtime.fitting.options import RepairOptions
 
 SMALL = ["--samples", "4", "--seq-len", "32", "-q"]
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 
 from depthprune_runtime import InputError
+from depthprune_runtime.fitting.options import REPAIR_WINDOWS, RepairOptions
 from depthprune_runtime.pruning import prune
 from depthprune_runtime.pruning import spans as after_repair
-from depthprune_runtime.pruning.options import (
-    REPAIR_WINDOWS,
-    FinerCutOptions,
-    FlattenGPTOptions,
-    RepairOptions,
-    ShortGPTOptions,
-)
+from depthprune_runtime.pruning.options import STRENGTHS, FinerCutOptions, FlattenGPTOptions, ShortGPTOptions
 
 
 def test_defaults_of_the_methods():
@@ -57,8 +52,8 @@ def test_windows_are_counted_in_integers(name, value):
 
 @pytest.mark.parametrize(("method", "strength"), [("shortgpt", 1.0), ("finercut", 0.6), ("flattengpt", 1.0)])
 def test_strength_of_the_repair(method, strength):
-    assert RepairOptions().suited(method).strength == strength
-    assert RepairOptions(strength=0.3).suited(method).strength == 0.3
+    assert RepairOptions().suited(STRENGTHS[method]).strength == strength
+    assert RepairOptions(strength=0.3).suited(STRENGTHS[method]).strength == 0.3
 
 
 def test_windows_that_decide():

@@ -16,9 +16,10 @@ from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting import states
 from depthprune_runtime.fitting.calibration import stream_hidden_states
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
-from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
+from depthprune_runtime.pruning.options import FlattenGPTOptions
 from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint

@@ -15,10 +15,10 @@ from depthprune_runtime.cli import main
 from depthprune_runtime.fitting import states
 from depthprune_runtime.fitting.calibration import CalibrationSet
 from depthprune_runtime.fitting.calibrator import Calibrator
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder, SublayerLoader
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.quantization.gptq import gptq
 from depthprune_runtime.quantization.quantize import quantized_view, requested
 from depthprune_runtime.weights.quantized import QuantSpec
