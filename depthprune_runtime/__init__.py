@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from depthprune_runtime.engine.runtime import Runtime
     from depthprune_runtime.errors import InputError
     from depthprune_runtime.evaluation.perplexity import perplexity
+    from depthprune_runtime.fitting.options import RepairOptions
+    from depthprune_runtime.pruning.finercut.options import FinerCutOptions
+    from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
     from depthprune_runtime.pruning.prune import prune
+    from depthprune_runtime.pruning.shortgpt.options import ShortGPTOptions
     from depthprune_runtime.quantization.quantize import quantize
 
 __all__ = [
@@ -31,10 +35,14 @@ __all__ = [
     "Engine",
     "EngineDead",
     "EngineFull",
+    "FinerCutOptions",
+    "FlattenGPTOptions",
     "InputError",
+    "RepairOptions",
     "RequestOutput",
     "Runtime",
     "SamplingParams",
+    "ShortGPTOptions",
     "__version__",
     "import_model",
     "perplexity",
@@ -49,10 +57,14 @@ _HOMES = {
     "Engine": "engine.engine",
     "EngineDead": "engine.errors",
     "EngineFull": "engine.errors",
+    "FinerCutOptions": "pruning.finercut.options",
+    "FlattenGPTOptions": "pruning.flattengpt.options",
     "InputError": "errors",
+    "RepairOptions": "fitting.options",
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",
     "SamplingParams": "engine.params",
+    "ShortGPTOptions": "pruning.shortgpt.options",
     "import_model": "checkpoint.writing",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning.prune",

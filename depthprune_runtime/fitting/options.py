@@ -12,10 +12,12 @@ from typing import Literal, get_args
 
 from depthprune_runtime.options import check_choice, check_count_or_none, check_number, flag
 
+Repair = Literal["auto", "ridge", "none"]
 Weighting = Literal["rms", "none"]
 Answers = Literal["before", "after"]
 Scope = Literal["all", "edited"]
 
+REPAIRS: tuple[Repair, ...] = get_args(Repair)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 ANSWERS: tuple[Answers, ...] = get_args(Answers)
 SCOPES: tuple[Scope, ...] = get_args(Scope)

@@ -17,7 +17,10 @@ from depthprune_runtime.pruning.flattengpt import units as narrowing
 from depthprune_runtime.pruning.flattengpt.elimination import choose_after_repair
 from depthprune_runtime.pruning.flattengpt.grouping import groups_after_repair
 from depthprune_runtime.pruning.flattengpt.merging import unit_columns
-from depthprune_runtime.pruning.options import FlattenGPTOptions, ShortGPTOptions, resolved
+from depthprune_runtime.pruning.flattengpt.method import FlattenGPT
+from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
+from depthprune_runtime.pruning.shortgpt.method import ShortGPT
+from depthprune_runtime.pruning.shortgpt.options import ShortGPTOptions
 from depthprune_runtime.spec import AttentionSpec, FFNSpec
 
 LAM = 0.05
@@ -122,17 +125,21 @@ def test_pairs_only_and_impossible_groupings():
 
 
 def test_auto_follows_the_repair():
-    assert resolved(ShortGPTOptions(), True).score == "after-repair"
-    assert resolved(ShortGPTOptions(), False).score == "block-influence"
-    assert resolved(ShortGPTOptions(score="reverse"), True) == ShortGPTOptions("reverse", protect_last=False)
-    assert resolved(ShortGPTOptions(), True).protect_last is resolved(ShortGPTOptions(), False).protect_last is True
-    assert resolved(ShortGPTOptions(protect_last=False), True).protect_last is False
-    paper = resolved(FlattenGPTOptions(), False)
+    assert ShortGPT().resolved(ShortGPTOptions(), True).score == "after-repair"
+    assert ShortGPT().resolved(ShortGPTOptions(), False).score == "block-influence"
+    assert ShortGPT().resolved(ShortGPTOptions(score="reverse"), True) == ShortGPTOptions("reverse", protect_last=False)
+    assert (
+        ShortGPT().resolved(ShortGPTOptions(), True).protect_last
+        is ShortGPT().resolved(ShortGPTOptions(), False).protect_last
+        is True
+    )
+    assert ShortGPT().resolved(ShortGPTOptions(protect_last=False), True).protect_last is False
+    paper = FlattenGPT().resolved(FlattenGPTOptions(), False)
     assert (paper.grouping, paper.selection) == ("similarity", "importance")
-    ours = resolved(FlattenGPTOptions(), True)
+    ours = FlattenGPT().resolved(FlattenGPTOptions(), True)
     assert (ours.grouping, ours.selection) == ("after-repair", "after-repair")
     with pytest.raises(InputError, match="selection: after-repair needs a repair"):
-        resolved(FlattenGPTOptions(selection="after-repair"), False)
+        FlattenGPT().resolved(FlattenGPTOptions(selection="after-repair"), False)
 
 
 def test_scratch_files_change_nothing(monkeypatch):
