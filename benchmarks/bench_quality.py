@@ -74,13 +74,9 @@ def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
         attention = {
             first: keep for first, keep in units.items() if isinstance(parent.spec.sublayers[first], AttentionSpec)
         }
-        rebuild = Rebuild(
-            parent,
-            plan,
-            Narrowing(attention, chosen.selection == "after-repair", chosen.compensate, chosen.leverage_lam),
-            None,
-            cpu,
-        )
+        after_repair = chosen.selection == "after-repair"
+        narrowing = Narrowing(attention, after_repair, chosen.compensate, chosen.leverage_lam)
+        rebuild = Rebuild(parent, plan, narrowing, None, cpu)
         pruned, plan = rebuild.run(rebuild.walk(calibrator.windows(*REPAIR_WINDOWS).windows))
     write_native(Path(task["output"]), pruned, overwrite=True)
     before, after = parent.spec.num_parameters(), pruned.spec.num_parameters()

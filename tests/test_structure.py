@@ -85,7 +85,7 @@ NO_TORCH = [
     "pruning/finercut/goal.py",
     "pruning/flattengpt/options.py",
     "pruning/flattengpt/method.py",
-    "quantization/names.py",
+    "quantization/options.py",
     "inspection/picture.py",
     "engine/request.py",
     "engine/outputs.py",

@@ -21,7 +21,7 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _add_bool(group: Any, name: str, default: bool | None, flag: Flag, dest: str) -> None:
+def _add_bool(group: Any, name: str, default: object, flag: Flag, dest: str) -> None:
     if flag.off:
         switch = f"--{flag.off.replace('_', '-')}"
         group.add_argument(switch, dest=dest, action="store_const", const=False, help=flag.help)

@@ -125,21 +125,18 @@ def test_pairs_only_and_impossible_groupings():
 
 
 def test_auto_follows_the_repair():
-    assert ShortGPT().resolved(ShortGPTOptions(), True).score == "after-repair"
-    assert ShortGPT().resolved(ShortGPTOptions(), False).score == "block-influence"
-    assert ShortGPT().resolved(ShortGPTOptions(score="reverse"), True) == ShortGPTOptions("reverse", protect_last=False)
-    assert (
-        ShortGPT().resolved(ShortGPTOptions(), True).protect_last
-        is ShortGPT().resolved(ShortGPTOptions(), False).protect_last
-        is True
-    )
-    assert ShortGPT().resolved(ShortGPTOptions(protect_last=False), True).protect_last is False
-    paper = FlattenGPT().resolved(FlattenGPTOptions(), False)
+    shortgpt, flattengpt = ShortGPT().resolved, FlattenGPT().resolved
+    assert shortgpt(ShortGPTOptions(), True).score == "after-repair"
+    assert shortgpt(ShortGPTOptions(), False).score == "block-influence"
+    assert shortgpt(ShortGPTOptions(score="reverse"), True) == ShortGPTOptions("reverse", protect_last=False)
+    assert shortgpt(ShortGPTOptions(), True).protect_last is shortgpt(ShortGPTOptions(), False).protect_last is True
+    assert shortgpt(ShortGPTOptions(protect_last=False), True).protect_last is False
+    paper = flattengpt(FlattenGPTOptions(), False)
     assert (paper.grouping, paper.selection) == ("similarity", "importance")
-    ours = FlattenGPT().resolved(FlattenGPTOptions(), True)
+    ours = flattengpt(FlattenGPTOptions(), True)
     assert (ours.grouping, ours.selection) == ("after-repair", "after-repair")
     with pytest.raises(InputError, match="selection: after-repair needs a repair"):
-        FlattenGPT().resolved(FlattenGPTOptions(selection="after-repair"), False)
+        flattengpt(FlattenGPTOptions(selection="after-repair"), False)
 
 
 def test_scratch_files_change_nothing(monkeypatch):
