@@ -105,7 +105,7 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
         """What lm-eval's request cache is keyed by."""
         return self.runtime.name.replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """add_special_tokens: None adds them, unless a chat template has already written a BOS."""
         if add_special_tokens is None:
             add_special_tokens = not self._starts_with_bos(string)
@@ -136,7 +136,7 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
         self,
         requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]],  # (texts, context ids, continuation ids)
         disable_tqdm: bool = False,
-        **_options: Any,
+        **_options: object,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         with self._bar(disable_tqdm).stage("loglikelihood", len(pairs)) as advance:
