@@ -18,11 +18,11 @@ from torch import Tensor
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting import linalg
 from depthprune_runtime.fitting import projection as repair
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.fitting.walk import Visit
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.model.linear import Weight
 from depthprune_runtime.model.sublayers import Attention, Sublayer
-from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.quantization.gptq import DAMPING, gptq
 from depthprune_runtime.quantization.view import QuantizedCheckpoint
 from depthprune_runtime.weights.quantized import QuantSpec
