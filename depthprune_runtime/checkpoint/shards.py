@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from depthprune_runtime.checkpoint.container import TensorEntry
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.host.sizes import size_in_bytes
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000  # bytes of weights in a file, as in Transformers
@@ -36,7 +36,8 @@ def parse_size(value: int | str) -> int:
     """`max_shard_size` in bytes, from a number of them or from text such as `5GB` or `500MiB`."""
     size = size_in_bytes(value) if isinstance(value, str) else value
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InputError(f"max_shard_size: expected bytes, or a size such as 5GB or 500MiB, got {value!r}")
+        shown = printable(repr(value))
+        raise InputError(f"max_shard_size: expected bytes, or a size such as 5GB or 500MiB, got {shown}")
     return size
 
 
@@ -97,7 +98,10 @@ def remove_stale(path: Path) -> None:
 
 @contextlib.contextmanager
 def publishing(folder: Path) -> Iterator[None]:
-    """Keep other writers of ours out of `folder`, where the system and the disk know such locks, meanwhile."""
+    """Lock `folder` against other writers of this package while the body runs.
+
+    Without locks of files on this system or disk, nothing is locked.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):
             import fcntl

@@ -22,7 +22,7 @@ from depthprune_runtime.checkpoint.base import (
     TOKENIZER_FILE,
     Checkpoint,
 )
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.host.heap import return_free_heap
 from depthprune_runtime.text.detokenizer import Detokenizer, is_library_error
 from depthprune_runtime.text.stream import TextStream
@@ -86,7 +86,7 @@ class Tokenizer:
         except BaseException as error:
             if not is_library_error(error):
                 raise
-            raise InputError(f"{checkpoint.name}: its {TOKENIZER_FILE} cannot be read: {error}") from error
+            raise InputError(f"{checkpoint.name}: its {TOKENIZER_FILE} cannot be read: {printable(error)}") from error
         return_free_heap()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -228,8 +228,9 @@ def _chat_templates(file: str | None, config: Mapping[str, Any]) -> dict[str, st
     if isinstance(stated, str):
         stated = {"default": stated}
     elif isinstance(stated, list):
-        stated = {t.get("name"): t.get("template") for t in stated if isinstance(t, dict)}
+        named = [(t.get("name"), t.get("template")) for t in stated if isinstance(t, dict)]
+        stated = {name: text for name, text in named if isinstance(name, str)}
     found = dict(stated) if isinstance(stated, dict) else {}
     if file is not None:
         found["default"] = file
-    return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
