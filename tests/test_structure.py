@@ -65,7 +65,19 @@ MAY_IMPORT = {
         "fitting",
     },
     "inspection": {"errors", "spec", "plan", "checkpoint"},
-    "engine": {"errors", "spec", "generation_config", "weights", "checkpoint", "text", "ops", "model", "host"},
+    "engine": {
+        "errors",
+        "options",
+        "spec",
+        "generation_config",
+        "weights",
+        "checkpoint",
+        "text",
+        "ops",
+        "model",
+        "host",
+    },
+    "server": {"errors", "options", "engine", "text", "host"},
     "evaluation": {"errors", "progress", "engine", "model", "texts", "host", "paths"},
 }
 NO_TORCH = [
@@ -94,6 +106,7 @@ NO_TORCH = [
     "engine/outputs.py",
     "engine/options.py",
     "engine/params.py",
+    "server/options.py",
     "engine/errors.py",
     "engine/kv_blocks.py",
     "engine/scheduler.py",

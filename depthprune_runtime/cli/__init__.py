@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from depthprune_runtime import __version__
+from depthprune_runtime.cli.chat import add_chat
+from depthprune_runtime.cli.environment import add_env
 from depthprune_runtime.cli.interrupt import Written
 from depthprune_runtime.cli.parser import Parser
 from depthprune_runtime.cli.prune import add_import, add_prune
 from depthprune_runtime.cli.quantize import add_quantize
+from depthprune_runtime.cli.serve import add_serve
 from depthprune_runtime.cli.use import add_evaluate, add_generate, add_inspect, add_perplexity
 from depthprune_runtime.errors import InputError, printable
 
@@ -35,8 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_import(commands, common)
     add_inspect(commands, common)
     add_generate(commands, common)
+    add_chat(commands, common)
+    add_serve(commands, common)
     add_perplexity(commands, common)
     add_evaluate(commands, common)
+    add_env(commands, common)
     return parser
 
 

@@ -14,10 +14,20 @@ def _name(prefix: str, field: str, flag: Flag) -> str:
     return prefix + (flag.name or field)
 
 
+def _number_or_text(value: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    return value
+
+
 def _without_none(hint: Any) -> Any:
-    """T of `T | None`."""
+    """T of `T | None`; of numbers and text together, what reads either."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = (inner for inner in typing.get_args(hint) if inner is not type(None))
+        inner = [one for one in typing.get_args(hint) if one is not type(None)]
+        return inner[0] if len(inner) == 1 else _number_or_text
     return hint
 
 

@@ -33,6 +33,9 @@ def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "top_p",
         "min_p",
         "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "min_tokens",
         "seed",
         "stop",
         "stop_token_ids",
@@ -105,6 +108,9 @@ def add_generate(commands: Any, common: Parser) -> None:
     p.add_argument("--top-p", type=float)
     p.add_argument("--min-p", type=float)
     p.add_argument("--repetition-penalty", type=float)
+    p.add_argument("--presence-penalty", type=float)
+    p.add_argument("--frequency-penalty", type=float)
+    p.add_argument("--min-tokens", type=int, metavar="N", help="new tokens before anything but the limit ends it")
     p.add_argument("--seed", type=int)
     p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     p.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID")

@@ -31,10 +31,15 @@ _News = OutputDelta | BaseException
 
 
 class RequestStream:
-    """Deltas of one accepted request, an async iterator. Leaving it before its end (`aclose`) aborts the request."""
+    """Deltas of one accepted request, an async iterator. Leaving it before its end (`aclose`) aborts the request.
 
-    def __init__(self, engine: AsyncEngine, request_id: str, loop: _Loop) -> None:
-        self.request_id = request_id
+    prompt: its text, None where only token ids were given.
+    """
+
+    def __init__(self, engine: AsyncEngine, group: RequestGroup, loop: _Loop) -> None:
+        self.request_id = group.request_id
+        self.prompt = group.prompt
+        self.prompt_token_ids = group.prompt_ids
         self._engine = engine
         self._loop = loop
         self._news: asyncio.Queue[_News] = asyncio.Queue()
@@ -121,7 +126,7 @@ class AsyncEngine:
         await self.check_health()
         loop = asyncio.get_running_loop()
         group = await asyncio.to_thread(self._engine.prepare, prompt, sampling_params, request_id, priority)
-        stream = RequestStream(self, group.request_id, loop)
+        stream = RequestStream(self, group, loop)
         accepted = self._call(lambda: self._add(group, stream))
         try:
             await asyncio.wrap_future(accepted)

@@ -247,7 +247,7 @@ class Engine:
             request.fail(choice.error)
         else:
             try:
-                request.append(choice.token, alternatives(choice.likely, self.inputs))
+                request.append(choice.token, alternatives(choice.likely, self.inputs, request.params.detokenize))
             except Exception as error:
                 fail_in_text(request, error)
         new = tuple(request.token_ids[before:])

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from depthprune_runtime.engine.params import MAX_OUTPUTS, SamplingParams
+from depthprune_runtime.engine.params import ALL_LOGPROBS, MAX_OUTPUTS, SamplingParams
 from depthprune_runtime.engine.prompts import Prompt, text_and_ids
 from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.stop_strings import StopStrings
@@ -153,8 +153,13 @@ class Inputs:
         if params is not None and not isinstance(params, SamplingParams):
             raise InputError(f"sampling_params: expected SamplingParams, got {type(params).__name__}")
         chosen = dataclasses.replace(params or self.default_sampling_params, **options)
+        if chosen.logprobs == ALL_LOGPROBS:
+            chosen = dataclasses.replace(chosen, logprobs=self.spec.vocab_size)
         limits.check(chosen)
-        token_ids("stop_token_ids", chosen.stop_token_ids, self.spec.vocab_size)
+        for name, ids in chosen.named_ids.items():
+            token_ids(name, ids, self.spec.vocab_size)
+        if chosen.bad_words:
+            self.require_tokenizer("bad_words cannot be seen; use logit_bias")
         if chosen.stop:
             self.require_tokenizer("stop strings cannot be seen; use stop_token_ids")
         return chosen
@@ -173,9 +178,13 @@ class Inputs:
         _check_request_id(request_id)
         params = self.params(params, limits=limits)
         text, ids = self.prompt(prompt, params, what)
-        stream = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens, ids)
+        stream = None
+        if self.tokenizer is not None and params.detokenize:
+            spaces = params.spaces_between_special_tokens
+            stream = self.tokenizer.stream(params.skip_special_tokens, ids, spaces)
         stops = StopStrings(params.stop_strings) if params.stop_strings else None
         stop_tokens = self._stop_tokens(params)
+        bad_words = self._bad_words(params)
         requests = [
             Request(
                 request_id,
@@ -188,6 +197,7 @@ class Inputs:
                 priority,
                 stops,
                 stop_tokens,
+                bad_words,
             )
             for index in range(params.n)
         ]
@@ -199,6 +209,19 @@ class Inputs:
             return {}
         special = self.tokenizer.detokenizer.special
         return {i: text for i, text in special.items() if text in params.stop_strings}
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Token ids of each bad word, also behind a space where that makes another token of it, as in vLLM."""
+        found: list[list[int]] = []
+        for word in params.bad_words:
+            tokenizer = self.require_tokenizer()
+            bare = word.lstrip() or word
+            plain = tokenizer.encode(bare, add_special_tokens=False)
+            spaced = tokenizer.encode(f" {bare}", add_special_tokens=False)
+            found += [plain] if plain else []
+            if spaced and plain and spaced[0] != plain[0] and len(spaced) == len(plain):
+                found.append(spaced)
+        return found
 
     def token_text(self, token: int) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.detokenizer.token_text(token)

@@ -22,11 +22,11 @@ def new_text(request: Request) -> str:
         return ""
 
 
-def alternatives(likely: Likely | None, inputs: Inputs) -> dict[int, Logprob] | None:
-    """The most likely tokens of one position, by id."""
+def alternatives(likely: Likely | None, inputs: Inputs, texts: bool) -> dict[int, Logprob] | None:
+    """The most likely tokens of one position, by id; texts: with what each is as text."""
     if likely is None:
         return None
-    return {t: Logprob(p, rank, inputs.token_text(t)) for t, p, rank in likely}
+    return {t: Logprob(p, rank, inputs.token_text(t) if texts else None) for t, p, rank in likely}
 
 
 def output_delta(request: Request, text: str, new: tuple[int, ...], result: RequestOutput | None) -> OutputDelta:

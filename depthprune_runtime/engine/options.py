@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from depthprune_runtime.engine.params import MAX_OUTPUTS
 from depthprune_runtime.engine.values import as_integer, boolean, integer, refuse
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.host.sizes import size_in_bytes
+from depthprune_runtime.options import flag
 
 KVMemory = int | float | str
 KV_BLOCK_SIZE = 16  # tokens
@@ -39,15 +40,31 @@ class EngineOptions:
         max_logprobs: alternatives reported with each token that a request may ask for.
     """
 
-    kv_memory: KVMemory | None = None
-    kv_block_size: int = KV_BLOCK_SIZE
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    max_waiting: int | None = 1024
-    enable_prefix_caching: bool = True
-    decode_steps: int = 8
-    max_n: int = 128
-    max_logprobs: int = 20
+    kv_memory: KVMemory | None = field(
+        default=None, metadata=flag("of the KV cache: bytes, 2GiB, or a fraction of the free memory", metavar="SIZE")
+    )
+    kv_block_size: int = field(
+        default=KV_BLOCK_SIZE, metadata=flag("tokens in a page of the KV cache (default 16)", metavar="N")
+    )
+    max_num_seqs: int = field(default=256, metadata=flag("outputs running at once (default 256)", metavar="N"))
+    max_num_batched_tokens: int = field(
+        default=2048, metadata=flag("tokens computed in a step (default 2048)", metavar="N")
+    )
+    max_waiting: int | None = field(
+        default=1024, metadata=flag("outputs in the waiting queue (default 1024)", metavar="N")
+    )
+    enable_prefix_caching: bool = field(
+        default=True, metadata=flag("reuse keys and values of equal beginnings of prompts")
+    )
+    decode_steps: int = field(
+        default=8, metadata=flag("tokens that may be computed before the engine looks at them (default 8)", metavar="N")
+    )
+    max_n: int = field(
+        default=128, metadata=flag("outputs of one prompt that may be asked for (default 128)", metavar="N")
+    )
+    max_logprobs: int = field(
+        default=20, metadata=flag("alternatives a token that may be asked for (default 20)", metavar="N")
+    )
 
     def __post_init__(self) -> None:
         seqs = integer("max_num_seqs", self.max_num_seqs, 1, _MAX_SEQS)

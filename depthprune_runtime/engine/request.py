@@ -27,7 +27,7 @@ class Request:
     that end it; max_length: prompt and output together, by the model's context; text: None where the checkpoint has
     no tokenizer; priority: lower is sooner; stops: what finds the stop strings, None if there are none; stop_tokens: id
     -> stop string, of special tokens that are left out of the text and end it as stop strings. end_ids: every token
-    that ends it.
+    that ends it; bad_words: token ids of each.
 
     The scheduler's part: arrival (its number, unique), key (its place in line), table and num_computed (tokens whose
     keys and values are in the cache), seat (its row among the running), blocked_at (see `Scheduler`).
@@ -45,6 +45,7 @@ class Request:
         priority: int = 0,
         stops: StopStrings | None = None,
         stop_tokens: Mapping[int, str] = MappingProxyType({}),
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> None:
         self.request_id = request_id
         self.output_index = output_index
@@ -52,7 +53,9 @@ class Request:
         self.params = params
         self.token_ids = list(prompt_ids)  # prompt, then output
         self.num_prompt_tokens = len(self.token_ids)
-        self.max_new_tokens = min(params.max_tokens, max_length - self.num_prompt_tokens)
+        room = max_length - self.num_prompt_tokens
+        self.max_new_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        self.bad_words = bad_words
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.logprobs: list[dict[int, Logprob]] = []
         self.finish_reason: FinishReason | None = None
@@ -147,7 +150,7 @@ class Request:
         if self._stops is None:
             return False
         self._stop_state, match = self._stops.scan(self._stop_state, piece)
-        if match is None:
+        if match is None or (0 < self.num_output_tokens <= self.params.min_tokens):
             return False
         end = before + match.start + (len(match.stop) if self.params.include_stop_str_in_output else 0)
         self._unsent = self._unsent[:end]

@@ -1,7 +1,8 @@
 """Choosing tokens from logits, each request by its own parameters and random stream, a batch at a time.
 
-The order (repetition penalty, temperature, top-k, top-p, min-p) and the tie rules follow Transformers' logits
-processors. A token is drawn by inverting the distribution function at one uniform number,
+The logits are first adjusted (`engine.adjustments`). Then the order (temperature, top-k, top-p, min-p) and the tie
+rules follow Transformers' logits processors. A token is drawn by inverting the distribution function at one uniform
+number,
 
     token = min { t : sum_{s <= t} p_s > u * sum_s p_s },    u = next number of the request's own generator
 
@@ -12,49 +13,27 @@ A row whose logits, or what the parameters make of them, are not finite brings N
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from depthprune_runtime import ops
+from depthprune_runtime.engine.adjustments import REMOVED, Adjustment, adjusted, column, where
 from depthprune_runtime.engine.params import SamplingParams
 
 NOT_FINITE = -1  # in place of a token, where a row of logits is damaged; as `ops.greedy` says it
-_REMOVED = -float("inf")
+NONE_LEFT = -2  # in place of a token, where the request's own parameters remove them all
 _CANDIDATES = 1024  # most likely tokens among which top-p looks first
 _SAFE_MASS = 0.99  # beyond it, one minus a sum in float32 is too coarse
 _DRAW_BITS = 48  # u < 1 - 2**-48, so u * total < total in float64
 
 
-def penalize_repetition(
-    logits: Tensor,  # [B, V]
-    seen: Tensor,  # [B, V] bool: tokens of prompt or output
-    penalty: Tensor,  # [B, 1]
-) -> Tensor:  # [B, V]
-    """Divide positive and multiply negative logits of `seen` tokens by `penalty` (arXiv 1909.05858)."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
-
-
-def _where(chosen: Sequence[bool], values: Tensor, function: Callable[[Tensor], Tensor], other: Tensor) -> Tensor:
-    """`function` of the chosen rows of `values` [B, V]; of `other` [B, ...] where a row is not chosen."""
-    if all(chosen):
-        return function(values)
-    if not any(chosen):
-        return other
-    rows = torch.tensor([i for i, yes in enumerate(chosen) if yes], device=values.device)
-    return other.index_copy(0, rows, function(values[rows]))
-
-
 def _top_k(logits: Tensor, values: Sequence[float]) -> Tensor:
     best = torch.topk(logits, int(max(values))).values
-    threshold = best.gather(1, _column([k - 1 for k in values], logits, torch.int64))
-    return logits.masked_fill(logits < threshold, _REMOVED)
+    threshold = best.gather(1, column([k - 1 for k in values], logits, torch.int64))
+    return logits.masked_fill(logits < threshold, REMOVED)
 
 
 def _top_p(logits: Tensor, values: Sequence[float]) -> Tensor:
@@ -63,9 +42,9 @@ def _top_p(logits: Tensor, values: Sequence[float]) -> Tensor:
         if found is not None:
             return found
     ordered, index = logits.sort(-1)
-    tail = ordered.softmax(-1).cumsum(-1) <= _column([1.0 - p for p in values], logits)
+    tail = ordered.softmax(-1).cumsum(-1) <= column([1.0 - p for p in values], logits)
     tail[:, -1] = False  # the most likely token always stays
-    return logits.masked_fill(tail.scatter(1, index, tail), _REMOVED)
+    return logits.masked_fill(tail.scatter(1, index, tail), REMOVED)
 
 
 def _top_p_of_candidates(logits: Tensor, values: Sequence[float]) -> Tensor | None:
@@ -75,16 +54,16 @@ def _top_p_of_candidates(logits: Tensor, values: Sequence[float]) -> Tensor | No
     """
     ordered, index = logits.topk(_CANDIDATES)
     probabilities = (ordered - logits.logsumexp(-1, True)).exp()
-    kept = probabilities.cumsum(-1) - probabilities < _column(values, logits)
+    kept = probabilities.cumsum(-1) - probabilities < column(values, logits)
     kept[:, 0] = True
     if bool(kept[:, -1].any()):
         return None
-    return torch.full_like(logits, _REMOVED).scatter(1, index, ordered.masked_fill(~kept, _REMOVED))
+    return torch.full_like(logits, REMOVED).scatter(1, index, ordered.masked_fill(~kept, REMOVED))
 
 
 def _min_p(logits: Tensor, values: Sequence[float]) -> Tensor:
     probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < _column(values, logits) * probabilities.amax(-1, True), _REMOVED)
+    return logits.masked_fill(probabilities < column(values, logits) * probabilities.amax(-1, True), REMOVED)
 
 
 def filter_logits(
@@ -94,7 +73,7 @@ def filter_logits(
     """Temperature, top-k, top-p and min-p, up to a constant; a filter costs only the rows that ask for it."""
     size = logits.shape[1]
     # the largest becomes 0: no temperature makes it overflow
-    logits = (logits - logits.amax(-1, keepdim=True)) / _column([p.temperature for p in params], logits)
+    logits = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params], logits)
     steps = (
         (_top_k, [p.top_k for p in params], [0 < p.top_k < size for p in params]),
         (_top_p, [p.top_p for p in params], [p.top_p < 1.0 for p in params]),
@@ -102,29 +81,22 @@ def filter_logits(
     )
     for apply, values, chosen in steps:
         wanted = [v for v, yes in zip(values, chosen, strict=True) if yes]
-        logits = _where(chosen, logits, partial(apply, values=wanted), logits)
+        logits = where(chosen, logits, partial(apply, values=wanted), logits)
     return logits
 
 
-def seen_tokens(prompt_ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:  # [V] bool
-    """Which tokens a prompt has."""
-    seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-    seen[torch.tensor(list(prompt_ids), dtype=torch.int64, device=device)] = True
-    return seen
-
-
 class RequestSampler:
-    """Sampling state of one request: parameters, random stream, tokens seen.
+    """Sampling state of one request: parameters, random stream, and what it changes in its logits.
 
-    seen: the tokens of its prompt, changed from here on, only for a repetition penalty; stream: which of its outputs.
+    adjustment: None where the parameters ask for none; stream: which of its outputs.
     """
 
-    def __init__(self, params: SamplingParams, seen: Tensor | None, stream: int, vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, adjustment: Adjustment | None, stream: int, vocab_size: int) -> None:
         self.params = params
-        self.plain_greedy = params.greedy and params.repetition_penalty == 1.0
+        self.adjustment = adjustment
+        self.plain_greedy = params.greedy and not params.adjusts
         filters = 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
-        self.plain = params.repetition_penalty == 1.0 and (params.greedy or not filters)  # `ops.draw_tokens` will do
-        self.seen = None if params.repetition_penalty == 1.0 else seen  # [V] bool
+        self.plain = not params.adjusts and (params.greedy or not filters)  # `ops.draw_tokens` will do
         self._random: random.Random | None = None
         self._next: float | None = None
         if not params.greedy:
@@ -146,14 +118,14 @@ class RequestSampler:
     def take(self, token: int) -> None:
         """Go on behind `token`, which `next_tokens` gave."""
         self._next = None
-        if self.seen is not None and token != NOT_FINITE:
-            self.seen[token] = True
+        if self.adjustment is not None and token >= 0:
+            self.adjustment.take(token)
 
 
 def _draw(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:  # [B, V] float32 -> [B] int64
     filtered = filter_logits(logits, [s.params for s in samplers])
     cumulative = filtered.softmax(-1).cumsum(-1, dtype=torch.float64)
-    uniform = _column([s.peek() for s in samplers], logits, torch.float64)
+    uniform = column([s.peek() for s in samplers], logits, torch.float64)
     total = cumulative[:, -1:]
     found = torch.searchsorted(cumulative, uniform * total, right=True).clamp_max(logits.shape[1] - 1)
     return torch.where(total > 0, found, NOT_FINITE)[:, 0]  # NaN is not above 0
@@ -164,20 +136,18 @@ def _sample(
     samplers: Sequence[RequestSampler],
     greedy: Tensor,  # [B] int64: the most likely tokens
 ) -> Tensor:  # [B] int64
-    penalized = [s for s in samplers if s.seen is not None]
-    if penalized:
-        seen = torch.stack([s.seen for s in penalized if s.seen is not None])
-        penalty = _column([s.params.repetition_penalty for s in penalized], logits)
-        penalize = partial(penalize_repetition, seen=seen, penalty=penalty)
-        logits = _where([s.seen is not None for s in samplers], logits, penalize, logits)
+    adjusts = any(s.adjustment is not None for s in samplers)
+    if adjusts:
+        logits = adjusted(logits, [s.adjustment for s in samplers])
         greedy = ops.greedy(logits)
     drawn = [not s.params.greedy for s in samplers]
     draw = partial(_draw, samplers=[s for s, yes in zip(samplers, drawn, strict=True) if yes])
-    return _where(drawn, logits, draw, greedy)
+    tokens = where(drawn, logits, draw, greedy)
+    return torch.where(logits.amax(-1) == REMOVED, NONE_LEFT, tokens) if adjusts else tokens
 
 
 def next_tokens(logits: Tensor, samplers: Sequence[RequestSampler]) -> list[int]:  # [B, V]
-    """One token a request, NOT_FINITE where its logits are not; one host synchronisation. `take` makes it final."""
+    """One token a request, or NOT_FINITE or NONE_LEFT; one host synchronisation. `take` makes it final."""
     greedy = ops.greedy(logits)
     tokens = greedy
     if not all(s.plain_greedy for s in samplers):
@@ -201,7 +171,7 @@ def top_logprobs(
 ) -> list[list[tuple[int, float, int]]]:
     """A row: (token, log-probability, rank) of its `counts[b]` most likely tokens and of `tokens[b]`."""
     logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(1, _column(tokens, logits, torch.int64))
+    own = logprobs.gather(1, column(tokens, logits, torch.int64))
     ranks = ((logprobs > own).sum(-1) + 1).tolist()
     values, ids = (t.tolist() for t in torch.topk(logprobs, min(max(counts), logprobs.shape[1])))
     found = []

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from depthprune_runtime.engine.adjustments import Adjustment, seen_tokens, token_bias
 from depthprune_runtime.engine.request import Request
-from depthprune_runtime.engine.sampler import NOT_FINITE, RequestSampler, next_tokens, seen_tokens, top_logprobs
+from depthprune_runtime.engine.sampler import NONE_LEFT, NOT_FINITE, RequestSampler, next_tokens, top_logprobs
 
 _DAMAGED = "logits are not finite: the weights are damaged, or overflow in this dtype; try dtype float32"
+_NONE_LEFT = "no token is left: allowed_token_ids, bad_words and min_tokens remove them all; ask for less"
 
 Likely = list[tuple[int, float, int]]  # (token, log-probability, rank)
 
@@ -25,7 +27,9 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(cls, token: int, likely: Likely | None = None) -> Choice:
-        return cls(token, likely) if token != NOT_FINITE else cls(NOT_FINITE, None, _DAMAGED)
+        if token >= 0:
+            return cls(token, likely)
+        return cls(NOT_FINITE, None, _NONE_LEFT if token == NONE_LEFT else _DAMAGED)
 
 
 class Samplers:
@@ -35,7 +39,8 @@ class Samplers:
         self._vocab_size = vocab_size
         self._device = device
         self._made: dict[int, RequestSampler] = {}  # by arrival
-        self._mask: tuple[int, Tensor] | None = None  # arrival of a prompt's first output, the prompt's tokens
+        # arrival of a prompt's first output; the prompt's tokens and the bias of its parameters
+        self._shared: tuple[int, Tensor | None, Tensor | None] | None = None
 
     def of(self, request: Request) -> RequestSampler:
         sampler = self._made.get(request.arrival)
@@ -44,13 +49,18 @@ class Samplers:
         return sampler
 
     def _make(self, request: Request) -> RequestSampler:
-        params, mask = request.params, None
-        if params.repetition_penalty != 1.0:  # the outputs of a prompt stand in line together: one mask serves them
+        params, size, device = request.params, self._vocab_size, self._device
+        adjustment = None
+        if params.adjusts:  # the outputs of a prompt stand in line together: what they share is made once
             first = request.arrival - request.output_index
-            if self._mask is None or self._mask[0] != first:
-                self._mask = (first, seen_tokens(request.prompt_ids, self._vocab_size, self._device))
-            mask = self._mask[1].clone()
-        return RequestSampler(params, mask, request.output_index, self._vocab_size)
+            if self._shared is None or self._shared[0] != first:
+                penalized = params.repetition_penalty != 1.0
+                seen = seen_tokens(request.prompt_ids, size, device) if penalized else None
+                self._shared = (first, seen, token_bias(params, size, device))
+            _, seen, bias = self._shared
+            own = None if seen is None else seen.clone()
+            adjustment = Adjustment(params, own, bias, size, device, request.end_ids, request.bad_words)
+        return RequestSampler(params, adjustment, request.output_index, size)
 
     def of_all(self, requests: Sequence[Request]) -> list[RequestSampler] | None:
         """The sampler of each request; None if one cannot be made. `choose` then names that request."""
@@ -77,7 +87,7 @@ class Samplers:
         samplers = [self.of(r) for r in requests]
         tokens = next_tokens(logits, samplers)
         found: dict[int, Likely] = {}
-        rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None and tokens[i] != NOT_FINITE]
+        rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None and tokens[i] >= 0]
         if rows:
             counts = [requests[i].params.logprobs or 0 for i in rows]
             wanted = logits if len(rows) == len(requests) else logits[rows]

@@ -78,9 +78,11 @@ class Scheduler:
     def add(self, requests: list[Request]) -> None:
         """Queue the outputs of one prompt, all or none; raises EngineFull, or InputError for what can never fit."""
         for request in requests:
+            room = self.pool.num_kv_blocks * self.pool.kv_block_size
+            if request.params.max_tokens is None:  # up to the context, or what of it the cache can hold
+                request.max_new_tokens = max(1, min(request.max_new_tokens, room - request.num_prompt_tokens + 1))
             needed = self.pool.blocks_for(request.max_cached_tokens)
             if needed > self.pool.num_kv_blocks:
-                room = self.pool.num_kv_blocks * self.pool.kv_block_size
                 raise InputError(
                     f"request {request.request_id}: {request.num_prompt_tokens} prompt and up to "
                     f"{request.max_new_tokens} new tokens never fit into the KV cache of {room} tokens; shorten "

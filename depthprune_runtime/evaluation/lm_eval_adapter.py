@@ -181,6 +181,7 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
         with self._bar(disable_tqdm).stage("generate", len(requests)) as advance:
             for indices in by_options.values():
                 params = self._sampling_params(requests[indices[0]].args[1])
+                assert params.max_tokens is not None
                 for first in range(0, len(indices), _RUNNING):
                     chosen = indices[first : first + _RUNNING]
                     prompts = [self._prompt(requests[i].args[0], params.max_tokens) for i in chosen]

@@ -21,9 +21,15 @@ class TextStream:
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        detokenizer: Detokenizer,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        spaces_between_special_tokens: bool = True,
     ) -> None:
         self._detokenizer = detokenizer
+        self._spaces = spaces_between_special_tokens or skip_special_tokens
+        self._behind_special = False
         self._skip = skip_special_tokens
         self._window = self._last_with_text(prompt_ids)
         self._shown: str | None = self._decode()  # handed out, or the prompt's; None: all of it, not decoded yet
@@ -50,6 +56,16 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """New text after one more token, possibly empty."""
+        if self._spaces:
+            return self._push(token_id)
+        # some decoders write spaces around special tokens; between two of them they are left out
+        special = self._detokenizer.special.get(token_id)
+        news = self._push(token_id)
+        news = special if special is not None and self._behind_special else news
+        self._behind_special = special is not None
+        return news
+
+    def _push(self, token_id: int) -> str:
         if self._ready:  # between two characters, behind some text
             piece = self._detokenizer.pieces.get(token_id)
             if piece is not None:

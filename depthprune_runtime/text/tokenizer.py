@@ -155,9 +155,14 @@ class Tokenizer:
         text = _token_text(self._config.get(name))
         return None if text is None else self._tokenizer.token_to_id(text)
 
-    def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> TextStream:
+    def stream(
+        self,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        spaces_between_special_tokens: bool = True,
+    ) -> TextStream:
         """Text of the tokens that follow `prompt_ids`."""
-        return TextStream(self.detokenizer, skip_special_tokens, prompt_ids)
+        return TextStream(self.detokenizer, skip_special_tokens, prompt_ids, spaces_between_special_tokens)
 
     def apply_chat_template(self, messages: Sequence[Any], **options: Unpack[ChatFields]) -> str:
         """Prompt for a conversation, by the model's chat template.

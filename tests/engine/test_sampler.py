@@ -17,10 +17,10 @@ from transformers.generation.logits_process import (
 )
 
 from depthprune_runtime import SamplingParams
+from depthprune_runtime.engine.adjustments import penalize_repetition
 from depthprune_runtime.engine.sampler import (
     NOT_FINITE,
     filter_logits,
-    penalize_repetition,
     sample_batch,
     top_logprobs,
 )

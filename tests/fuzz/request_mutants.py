@@ -17,6 +17,7 @@ _JUNK: tuple[Any, ...] = (
     _NAN, _INF, -_INF, 2**31, 2**63 - 1, 2**63, 2**64, 10**400, -(10**400), 1e300, 1e-300, "\ud800", [[1]], range(3),
     "9" * 5000,
 )  # fmt: skip
+_ALL = range(384)
 _FIELDS: dict[str, tuple[Any, ...]] = {
     "n": (1, 2, 3, 64, 65, 16_385, 100_000, 2**31),
     "temperature": (0.0, 1e-45, 1e-38, 1e-10, 1e-5, 0.5, 1.0, 2.0, 100.0, 1e10, 1e38, 1e300),
@@ -28,8 +29,16 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "stop": ("a", " ", "\ud800", "\x00", ["a", "b"], ["a"] * 10_000, ["x" * 100_000], [""], "</s>", "é", "\ufffd"),
     "stop_token_ids": ([0], [1, 383], [384], [-1], [2**31], [2**63], [2**64], [1.5], [True], ["1"], [*range(384)] * 9),
     "ignore_eos": (True, False),
-    "max_tokens": (1, 2, 100, 255, 256, 257, 2**31, 2**63, 10**400),
-    "logprobs": (0, 1, 5, 20, 383, 384, 385, 10**6, 2**63),
+    "max_tokens": (None, 1, 2, 100, 255, 256, 257, 2**31, 2**63, 10**400),
+    "logprobs": (-1, 0, 1, 5, 20, 383, 384, 385, 10**6, 2**63),
+    "min_tokens": (0, 1, 5, 6, 7, 100, 2**31),
+    "presence_penalty": (-2, -1e-45, 0, 0.5, 2.0, 2.1, 1e300),
+    "frequency_penalty": (-2, -1e-45, 0, 0.5, 2.0, 2.1, 1e300),
+    "logit_bias": ({5: 100}, {"5": -100}, {383: 1e-45}, {384: 1}, {-1: 1}, {5: 101}, {"x": 1}, dict.fromkeys(_ALL, 1)),
+    "allowed_token_ids": ([5], [1], [*range(384)] * 3, [384], [-1], [2**63], []),
+    "bad_words": ("a", "the", [" "], ["</s>", "<s>"], ["a"] * 257, ["x" * 5000], ["\ud800"], ["the quick", "é"]),
+    "detokenize": (True, False),
+    "spaces_between_special_tokens": (True, False),
     "skip_special_tokens": (True, False),
     "include_stop_str_in_output": (True, False),
     "add_special_tokens": (True, False),

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from depthprune_runtime.engine.adjustments import Adjustment, Words, seen_tokens, token_bias
 from depthprune_runtime.engine.engine import Engine
 from depthprune_runtime.engine.inputs import Inputs
 from depthprune_runtime.engine.options import EngineOptions
 from depthprune_runtime.engine.params import SamplingParams
-from depthprune_runtime.engine.sampler import RequestSampler, sample_batch, seen_tokens
+from depthprune_runtime.engine.sampler import RequestSampler, sample_batch
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.spec import DecoderSpec
@@ -44,8 +45,19 @@ def engine(spec: DecoderSpec, kv_blocks: int | None = None, kv_block_size: int =
     return Engine(decoder(spec), Inputs("random", spec, None, {}), chosen)
 
 
-def sampler_of(params: SamplingParams, prompt: Sequence[int], stream: int, vocab_size: int) -> RequestSampler:
-    return RequestSampler(params, seen_tokens(prompt, vocab_size, CPU), stream, vocab_size)
+def sampler_of(
+    params: SamplingParams,
+    prompt: Sequence[int],
+    stream: int,
+    vocab_size: int,
+    end_ids: Sequence[int] = (),
+    bad_words: Words = (),
+) -> RequestSampler:
+    adjustment = None
+    if params.adjusts:
+        seen, bias = seen_tokens(prompt, vocab_size, CPU), token_bias(params, vocab_size, CPU)
+        adjustment = Adjustment(params, seen, bias, vocab_size, CPU, end_ids, bad_words)
+    return RequestSampler(params, adjustment, stream, vocab_size)
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""An HTTP server of the engine, with the routes of OpenAI's API and of vLLM."""
