@@ -98,5 +98,5 @@ async def chat_completions(request: Request) -> Response:
     wants = wanted(body)
     params = chat_params(body, state.inputs.default_sampling_params)
     ids = await chat_ids(state.inputs, body)
-    generation = await Generation.start(state, [ids], params)
+    generation = await Generation.start(state, [ids], params, body.get("priority"))
     return await answer(request, generation, ChatForm(params), model, wants)

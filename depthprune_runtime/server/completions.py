@@ -73,7 +73,8 @@ async def completions(request: Request) -> Response:
     echo = flag(body, "echo")
     if echo and params.logprobs is not None:
         raise ApiError(400, "echo: expected no logprobs beside it, which are not known for prompts", "echo")
-    generation = await Generation.start(state, [prompt for _, prompt in listed(body.get("prompt"))], params)
+    prompts = [prompt for _, prompt in listed(body.get("prompt"))]
+    generation = await Generation.start(state, prompts, params, body.get("priority"))
     echoes = None
     if echo:
         tokenizer = state.inputs.tokenizer

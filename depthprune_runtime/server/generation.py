@@ -29,12 +29,14 @@ class Generation:
         self._clocks = [served.metrics.clock() for _ in streams]
 
     @classmethod
-    async def start(cls, served: Served, prompts: Sequence[Prompt], params: SamplingParams) -> Generation:
+    async def start(
+        cls, served: Served, prompts: Sequence[Prompt], params: SamplingParams, priority: int | None = None
+    ) -> Generation:
         """Queue all prompts or none; raises what `AsyncEngine.submit` does."""
         streams: list[RequestStream] = []
         try:
             for prompt in prompts:
-                streams.append(await served.engine.submit(prompt, params))
+                streams.append(await served.engine.submit(prompt, params, priority=priority or 0))
         except BaseException:
             for stream in streams:
                 stream.abort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -15,20 +16,44 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.server.options import ServerOptions
 
 _BACKLOG = 2048
+_GRACE_SECONDS = 5  # for clients to read the end of an answer that was aborted
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):
-    """Ends with its own status where a signal ends it; tells when it listens."""
+    """Ends with its own status where a signal ends it; tells when it listens.
 
-    def __init__(self, config: uvicorn.Config, told: Callable[[], None]) -> None:
+    After `drain_seconds` the engine aborts what still runs, so that every answer has an end that its client can read.
+    """
+
+    def __init__(self, app: Starlette, drain_seconds: int, told: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=drain_seconds + _GRACE_SECONDS,
+            backlog=_BACKLOG,
+            server_header=False,
+        )
         super().__init__(config)
+        self._app = app
+        self._drain_seconds = drain_seconds
         self._told = told
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._told()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        limit = asyncio.create_task(self._abort_late())
+        await super().shutdown(sockets)
+        limit.cancel()
+
+    async def _abort_late(self) -> None:
+        await asyncio.sleep(self._drain_seconds)
+        await self._app.state.served.engine.close()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -75,16 +100,7 @@ def serve(make: Callable[[], Starlette], options: ServerOptions, told: Callable[
     """
     bound, address = _listen(options)
     try:
-        config = uvicorn.Config(
-            make(),
-            log_level="warning",
-            access_log=False,
-            lifespan="on",
-            timeout_graceful_shutdown=options.drain_seconds,
-            backlog=_BACKLOG,
-            server_header=False,
-        )
-        _Server(config, lambda: told(address)).run(sockets=[bound])
+        _Server(make(), options.drain_seconds, lambda: told(address)).run(sockets=[bound])
     finally:
         bound.close()
         if options.uds is not None:

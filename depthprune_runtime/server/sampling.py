@@ -16,7 +16,10 @@ _SHARED = (
     "logit_bias", "allowed_token_ids", "bad_words", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
     "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
-_NOT_SERVED = ("best_of", "use_beam_search", "suffix", "prompt_logprobs", "structured_outputs", "chat_template")
+_NOT_SERVED = (
+    "best_of", "use_beam_search", "suffix", "prompt_logprobs", "structured_outputs", "chat_template",
+    "truncate_prompt_tokens",
+)  # fmt: skip
 _MOST_LOGPROBS = 2**31 - 1
 
 
@@ -52,7 +55,7 @@ def refuse_unserved(body: Body) -> None:
 
 def completion_params(body: Body, default: SamplingParams) -> SamplingParams:
     """Parameters of /v1/completions. InputError for values out of range."""
-    fields = _given(body, (*_SHARED, "max_tokens", "logprobs"))
+    fields = _given(body, (*_SHARED, "max_tokens", "logprobs", "add_special_tokens"))
     return dataclasses.replace(_base(default, 16), **fields)
 
 

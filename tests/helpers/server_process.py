@@ -31,7 +31,8 @@ class ServerProcess:
 
     def end(self) -> int:
         """SIGTERM, and the status that it ends with."""
-        self.process.terminate()
+        if self.process.poll() is None:
+            self.process.terminate()
         self.said += self.process.communicate(timeout=120)[1]
         return self.process.returncode
 
