@@ -124,12 +124,20 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         table = self._table()
         self.dtype = dtype if dtype is not None else self._stored_dtype(table)
         with reading(folder / "config.json"):
-            self._set_parts(table, decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)}))
+            self._set_model(table, config)
         unused = table[_HEAD] if self.spec.tie_word_embeddings else ()
         check_tensors(folder, self._parts, self._stored, _FLOATS, unused)
         # what Transformers makes a generation config of where there is none
         self._special_ids = {n: config[n] for n in _SPECIAL_IDS if config.get(n) is not None}
-        self.provenance = {
+        self.provenance = self._origin(config)
+
+    def _set_model(self, table: dict[str, tuple[str, ...]], config: Mapping[str, Any]) -> None:
+        """Spec and packed tensors of `config`; `table` may change with where the embedding is."""
+        self._set_parts(table, decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)}))
+
+    def _origin(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's provenance."""
+        return {
             "source": self.name,
             "format": "huggingface",
             "family": config["model_type"],
