@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from depthprune_runtime.engine.runtime import Runtime
     from depthprune_runtime.errors import InputError
     from depthprune_runtime.evaluation.perplexity import perplexity
+    from depthprune_runtime.export.export import export_model
     from depthprune_runtime.pruning.prune import import_model, prune
     from depthprune_runtime.quantization.quantize import quantize
 
@@ -35,6 +36,7 @@ __all__ = [
     "Runtime",
     "SamplingParams",
     "__version__",
+    "export_model",
     "import_model",
     "perplexity",
     "prune",
@@ -52,6 +54,7 @@ _HOMES = {
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",
     "SamplingParams": "engine.params",
+    "export_model": "export.export",
     "import_model": "pruning.prune",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning.prune",

@@ -61,7 +61,8 @@ MAY_IMPORT = {
         "fitting",
         "pruning",
     },
-    "inspection": {"errors", "spec", "plan", "checkpoint"},
+    "export": {"errors", "plan", "progress", "spec", "families", "checkpoint", "model", "host"},
+    "inspection": {"errors", "spec", "plan", "checkpoint", "export"},
     "engine": {"errors", "spec", "generation_config", "weights", "checkpoint", "text", "ops", "model", "host"},
     "evaluation": {"errors", "progress", "engine", "model", "texts", "host"},
 }
@@ -76,6 +77,7 @@ NO_TORCH = [
     "pruning/names.py",
     "pruning/options.py",
     "quantization/names.py",
+    "export/names.py",
     "inspection/picture.py",
     "engine/request.py",
     "engine/outputs.py",
@@ -102,7 +104,8 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if room(p) not in ("kernels", "cli")]
+TRAVELS = PACKAGE / "export" / "folder_code"  # goes with a model to whoever has Transformers, and not the package
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if room(p) not in ("kernels", "cli") and p.parent != TRAVELS]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -114,6 +117,17 @@ def test_import_directions(path):
         parts = name.split(".")
         if parts[0] == "depthprune_runtime" and len(parts) > 1 and parts[1] != own:
             assert parts[1] in MAY_IMPORT[own], f"{own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted(TRAVELS.glob("*.py")), ids=lambda p: p.name)
+def test_code_that_travels_needs_torch_and_transformers_only(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert (TRAVELS / f"{node.module}.py").is_file(), f"{path}: {node.module}"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            roots = {name.split(".")[0] for name in names}
+            assert roots <= sys.stdlib_module_names | {"torch", "transformers"}, path
 
 
 def test_every_room_has_a_rule():

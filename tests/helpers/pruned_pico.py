@@ -47,7 +47,7 @@ SHAPES = {
     "wide_uniform": Shape("llama", tuple(Flatten((b, b + 1)) for b in (0, 2, 4))),
     "irregular_bias": Shape("qwen2", (Drop(1), Drop(6), Narrow(9, tuple(range(40))))),
     "all_biases": Shape("llama", (Drop(2), Drop(9)), {"attention_bias": True}),
-    "irregular_window": Shape("mistral", (Drop(3), Drop(4))),
+    "irregular_window": Shape("mistral", (Drop(3), Drop(6))),
     "some_windows": Shape(
         "qwen3", (Drop(3),), {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3}
     ),
