@@ -60,7 +60,7 @@ def anchored_layers(spec: DecoderSpec) -> tuple[AnchoredLayer, ...]:
 def _attention_shapes(attention: AttentionSpec, width: int, per_head: bool) -> dict[str, dict[str, Shape]]:
     """Short packed name -> leaf name -> shape."""
     sizes = {"q": attention.q_size, "k": attention.kv_size, "v": attention.kv_size}
-    shapes = {"norm.weight": {"input_layernorm.weight": (width,)}}
+    shapes: dict[str, dict[str, Shape]] = {"norm.weight": {"input_layernorm.weight": (width,)}}
     shapes["qkv_proj.weight"] = {_ATTENTION[f"{x}_proj.weight"]: (size, width) for x, size in sizes.items()}
     if attention.qkv_bias:
         shapes["qkv_proj.bias"] = {_ATTENTION[f"{x}_proj.bias"]: (size,) for x, size in sizes.items()}

@@ -91,7 +91,7 @@ class GGUFCheckpoint(DenseCheckpoint):
     def _counts(self, key: str, blocks: int) -> list[int]:
         """`blocks` counts from 0 on under `key`, which holds a list of them or one for all."""
         value = self._metadata.get(key)
-        listed = value if isinstance(value, list) else [value] * blocks
+        listed: list[Any] = value if isinstance(value, list) else [value] * blocks
         if len(listed) != blocks or not all(type(count) is int and count >= 0 for count in listed):
             raise InputError(f"{self.path}: {key}: expected {blocks} counts, one a block, got {printable(repr(value))}")
         return listed

@@ -46,7 +46,7 @@ def add_export(commands: Any, common: Parser) -> None:
         "--to",
         required=True,
         choices=TARGETS,
-        help="hf: Hugging Face folder; gguf: file for llama.cpp; deci: DeciLM folder for vLLM, SGLang, MLX-LM and so on",
+        help="hf: Hugging Face folder; gguf: file for llama.cpp; deci: DeciLM folder for vLLM, SGLang and MLX-LM",
     )
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="the folder, or the file for gguf")
     p.add_argument("--dtype", default="auto", choices=("auto", *EXPORT_DTYPES), help="default: the source's")

@@ -53,7 +53,7 @@ def slots(spec: DecoderSpec) -> list[Slot]:
 
     made = [Slot(widened(sublayer), index) for index, sublayer in enumerate(spec.sublayers)]
     if not isinstance(spec.sublayers[0], AttentionSpec):
-        made.insert(0, Slot(dataclasses.replace(widened(attentions[0]), num_kv_heads=1), None))
+        made.insert(0, Slot(widened(dataclasses.replace(attentions[0], num_kv_heads=1)), None))
     return made
 
 

@@ -186,7 +186,8 @@ def write(checkpoint: Checkpoint, file: BinaryIO, dtype: torch.dtype, on_tensor:
     for entry in entries:
         kind = _KINDS[entry.dtype][0]
         writer.add_tensor_info(entry.name, entry.shape, _numpy_dtype(entry.dtype), entry.nbytes, kind)
-    writer.fout, writer.state = [file], WriterState.EMPTY
+    opened: Any = [file]
+    writer.fout, writer.state = opened, WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

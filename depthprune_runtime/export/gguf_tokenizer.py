@@ -109,8 +109,8 @@ def _types(source: _Source, count: int, sentencepiece: bool) -> tuple[list[str],
         texts[index] = token
         byte = sentencepiece and _BYTE_TOKEN.fullmatch(token) is not None
         types[index] = int(TokenType.BYTE if byte else TokenType.NORMAL)
-    for token in source.added:
-        types[token["id"]] = int(TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED)
+    for added in source.added:
+        types[added["id"]] = int(TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED)
     unknown = source.special("unk")
     if sentencepiece and unknown is not None:
         types[unknown] = int(TokenType.UNKNOWN)
