@@ -49,6 +49,8 @@ def refuses(spec: DecoderSpec) -> str | None:
         return "llama.cpp's architectures for such models have no sliding window"
     if any(attention.qk_norm for attention in attentions) and architecture(spec) != "qwen3":
         return "llama.cpp has no architecture with q/k-norm in blocks that differ"
+    if any(attention.qk_norm and len(attention.origin) > 1 for attention in attentions):
+        return "llama.cpp has no architecture whose q/k-norm gains differ by head, as those of merged blocks do"
     return None
 
 

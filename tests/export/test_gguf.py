@@ -18,6 +18,8 @@ from depthprune_runtime.checkpoint.gguf_tokenizer import gguf_assets
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.export.export import export_model
 from depthprune_runtime.export.gguf_tokenizer import add_tokenizer
+from depthprune_runtime.model.batch import packed
+from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.spec import AttentionSpec
 
 ARCHITECTURES = {
@@ -232,15 +234,31 @@ def test_a_model_without_tokenizer(tmp_path):
     assert fields(tmp_path / "out.gguf")["tokenizer.ggml.model"] == "no_vocab"
 
 
-def test_llama_cpp_computes_the_same(pruned, tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    from test_huggingface import our_logits
+def llama_cpp_logits(library, path, ids):
+    class Model(library.LlamaModel):
+        n_vocab = pico.VOCAB_SIZE  # which cyllama asks its model for
 
+    options = library.LlamaContextParams()
+    options.n_ctx, options.n_batch, options.n_threads = 64, 64, 1
+    options.type_k = options.type_v = 0  # float32
+    context = library.LlamaContext(Model(str(path), library.LlamaModelParams(), verbose=False), options, verbose=False)
+    batch = library.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+    for position, token in enumerate(ids):
+        batch.add(token, position, [0], True)
+    context.decode(batch)
+    return torch.tensor([list(context.get_logits_ith(position)) for position in range(len(ids))])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_llama_cpp_computes_the_same(pruned, tmp_path, name):
+    reason = "llama.cpp is not installed: pip install cyllama"
+    library = pytest.importorskip("cyllama.llama.llama_cpp", reason=reason)
+    library.disable_logging()
+    export_model(pruned(name), tmp_path / "out.gguf", "gguf", check=False)
     ids = list(range(3, 40))
-    for name in ("uniform", "rope", "bias", "qk_norm", "attention_only", "ffn_only", "ffns_first", "widths", "wide"):
-        path = tmp_path / f"{name}.gguf"
-        export_model(pruned(name), path, "gguf", check=False)
-        model = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
-        model.eval(ids)
-        found, wanted = torch.from_numpy(model.scores[: len(ids)].copy()), our_logits(pruned(name), torch.tensor(ids))
-        assert float((found - wanted).norm() / wanted.norm()) < 1e-2, name
+    source = open_checkpoint(pruned(name))
+    decoder = Decoder(source.spec, source.tensor, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        wanted = decoder.logits(decoder.hidden_states(torch.tensor(ids), packed([len(ids)], torch.device("cpu"))))
+    found = llama_cpp_logits(library, tmp_path / "out.gguf", ids)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-2

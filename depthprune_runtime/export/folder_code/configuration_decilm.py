@@ -20,8 +20,6 @@ class DeciLMConfig(LlamaConfig):
 
     def __init__(self, block_configs=None, **kwargs):
         super().__init__(**kwargs)
-        self.intermediate_size = None
-        self.num_key_value_heads = None
         self.block_configs = [_block(data) for data in block_configs or []]
 
     def to_dict(self):
