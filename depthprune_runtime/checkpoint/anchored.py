@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from depthprune_runtime.checkpoint.anchored_layout import MODEL_TYPE, anchored_shapes, anchored_spec
+from depthprune_runtime.checkpoint.description import Provenance, check_depth
 from depthprune_runtime.checkpoint.gate import read_object
 from depthprune_runtime.checkpoint.huggingface import HuggingFaceCheckpoint, refuse_quantized
 from depthprune_runtime.fields import checked
@@ -34,11 +35,14 @@ class AnchoredCheckpoint(HuggingFaceCheckpoint):
         (shape,) = self._parts["embed_tokens.weight"].values()
         self._parts["embed_tokens.weight"] = {table["embed_tokens.weight"][0]: shape}
         lineage = checked(dict[str, Any], config.get(MODEL_TYPE) or {}, f"config.{MODEL_TYPE}")
-        if lineage.get("plan") is not None:
-            PrunePlan.from_json(lineage["plan"])  # refused here rather than where it is used
-            self.plan = lineage["plan"]
-        self._lineage = checked(dict[str, Any], lineage.get("provenance") or {}, f"config.{MODEL_TYPE}.provenance")
+        self.plan = lineage.get("plan")
+        last = max(block for sublayer in self.spec.sublayers for block in sublayer.origin)
+        own = {"source": self.name, "format": "huggingface", "family": MODEL_TYPE, "blocks": last + 1}
+        stored = checked(dict[str, Any], lineage.get("provenance") or {}, f"config.{MODEL_TYPE}.provenance")
+        self._lineage: dict[str, Any] = own | stored
+        # refused here rather than where it is used
+        plan = None if self.plan is None else PrunePlan.from_json(self.plan)
+        check_depth(self.spec, plan, Provenance.from_json(self._lineage))
 
     def _origin(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        blocks = 1 + max(block for sublayer in self.spec.sublayers for block in sublayer.origin)
-        return {"source": self.name, "format": "huggingface", "family": MODEL_TYPE, "blocks": blocks, **self._lineage}
+        return self._lineage

@@ -175,7 +175,7 @@ def anchored_config(spec: DecoderSpec, per_head: Collection[int], lineage: Mappi
 
 
 def _read_layers(config: Mapping[str, Any], count: int) -> list[_Layer]:
-    stored = checked(dict[str, Any], config.get("per_layer_config") or {}, "config.per_layer_config")
+    stored = checked(dict[str, Any] | None, config.get("per_layer_config"), "config.per_layer_config") or {}
     numbered = {int(key): value for key, value in stored.items() if key.isdecimal() and len(key) < 9}
     layers = []
     for number in range(count):
@@ -200,7 +200,7 @@ def _window(config: Mapping[str, Any], layer: int) -> int | None:
 
 def _ffns(layer: _Layer, what: str) -> list[FFNSpec]:
     sizes = layer.intermediate_sizes or ()
-    biases = layer.mlp_down_bias or (False,) * len(sizes)
+    biases = (False,) * len(sizes) if layer.mlp_down_bias is None else layer.mlp_down_bias
     if len(biases) != len(sizes) or not 0 <= layer.mlps_before <= len(sizes):
         raise InputError(f"{what}: expected a bias an FFN, and mlps_before among {len(sizes)} FFNs")
     return [FFNSpec(size, (0,), down_bias=bias) for size, bias in zip(sizes, biases, strict=True)]

@@ -19,6 +19,7 @@ from depthprune_runtime.weights.quantized import QuantSpec
 FORMAT_VERSION = 1
 _TENSOR_CHECKSUM = re.compile(r"[0-9a-f]{16}")
 _HEADER_CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_INCOMPLETE = ("deci", "nemotron-nas", "depthprune")  # families whose blocks may lack a half
 _SHARD_NAME = re.compile(r"[^/\0]{1,211}-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors", re.ASCII)  # and no other folder
 
 
@@ -81,7 +82,7 @@ class Description:
             raise InputError(f"description.dtype: expected F32, F16 or BF16, got {printable(repr(found.dtype))}")
         spec = DecoderSpec.from_json(found.spec)
         plan = None if found.plan is None else PrunePlan.from_json(found.plan)
-        _check_depth(spec, plan, Provenance.from_json(found.provenance))
+        check_depth(spec, plan, Provenance.from_json(found.provenance))
         _check_index(found)
         return cls(
             found.dtype,
@@ -95,15 +96,19 @@ class Description:
         )
 
 
-def _check_depth(spec: DecoderSpec, plan: PrunePlan | None, provenance: Provenance) -> None:
-    """The dense model has no more blocks than spec and plan tell of, and no sub-layer comes from beyond them."""
+def check_depth(spec: DecoderSpec, plan: PrunePlan | None, provenance: Provenance) -> None:
+    """The dense model has no more blocks than spec and plan tell of, and no sub-layer comes from beyond them.
+
+    Raises InputError.
+    """
     last = max((block for sub in spec.sublayers for block in sub.origin), default=-1)
     blocks = last + 1 if provenance.blocks is None else provenance.blocks
     dropped = 0 if plan is None else sum(isinstance(edit, Drop) for edit in plan.edits)
     known = sum(len(sub.origin) for sub in spec.sublayers) + dropped
     if not last < blocks:
         raise InputError(f"spec: a sub-layer comes from block {last}, but the dense model has {blocks} blocks")
-    if 2 * blocks > known:
+    least = blocks if provenance.family in _INCOMPLETE else 2 * blocks
+    if least > known:
         raise InputError(f"provenance.blocks: {blocks} blocks, but spec and plan tell of {known} sub-layers only")
 
 

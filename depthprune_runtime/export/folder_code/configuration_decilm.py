@@ -17,6 +17,7 @@ def _block(data):
 
 class DeciLMConfig(LlamaConfig):
     model_type = "nemotron-nas"
+    block_configs = ()
 
     def __init__(self, block_configs=None, **kwargs):
         super().__init__(**kwargs)
