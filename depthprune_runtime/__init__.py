@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from depthprune_runtime.checkpoint.writing import import_model
     from depthprune_runtime.engine.async_engine import AsyncEngine
     from depthprune_runtime.engine.engine import Engine
     from depthprune_runtime.engine.errors import EngineDead, EngineFull
+    from depthprune_runtime.engine.options import EngineOptions
     from depthprune_runtime.engine.outputs import CompletionOutput, RequestOutput
     from depthprune_runtime.engine.params import SamplingParams
     from depthprune_runtime.engine.runtime import Runtime
     from depthprune_runtime.errors import InputError
     from depthprune_runtime.evaluation.perplexity import perplexity
     from depthprune_runtime.export.export import export_model
-    from depthprune_runtime.pruning.prune import import_model, prune
+    from depthprune_runtime.fitting.options import RepairOptions
+    from depthprune_runtime.pruning.finercut.options import FinerCutOptions
+    from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
+    from depthprune_runtime.pruning.prune import prune
+    from depthprune_runtime.pruning.shortgpt.options import ShortGPTOptions
     from depthprune_runtime.quantization.quantize import quantize
 
 __all__ = [
@@ -31,10 +37,15 @@ __all__ = [
     "Engine",
     "EngineDead",
     "EngineFull",
+    "EngineOptions",
+    "FinerCutOptions",
+    "FlattenGPTOptions",
     "InputError",
+    "RepairOptions",
     "RequestOutput",
     "Runtime",
     "SamplingParams",
+    "ShortGPTOptions",
     "__version__",
     "export_model",
     "import_model",
@@ -50,12 +61,17 @@ _HOMES = {
     "Engine": "engine.engine",
     "EngineDead": "engine.errors",
     "EngineFull": "engine.errors",
+    "EngineOptions": "engine.options",
+    "FinerCutOptions": "pruning.finercut.options",
+    "FlattenGPTOptions": "pruning.flattengpt.options",
     "InputError": "errors",
+    "RepairOptions": "fitting.options",
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",
     "SamplingParams": "engine.params",
+    "ShortGPTOptions": "pruning.shortgpt.options",
     "export_model": "export.export",
-    "import_model": "pruning.prune",
+    "import_model": "checkpoint.writing",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning.prune",
     "quantize": "quantization.quantize",

@@ -11,6 +11,7 @@ wants and a shape that none accepts, so that it stops instead. Shards carry it, 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import xxhash
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import shards, stored
+from depthprune_runtime.checkpoint.assets import LazyAssets
 from depthprune_runtime.checkpoint.base import Checkpoint
 from depthprune_runtime.checkpoint.container import (
     DTYPE_NAMES,
@@ -117,7 +119,7 @@ class NativeCheckpoint(Checkpoint):
                 raise InputError(
                     f"{self.path.with_name(file)}: damaged: its tensors are not those that its description lists"
                 )
-        if not set(wanted) <= set(entries):
+        if not set(wanted) <= set(entries) or _GUARD_NAME not in self._checksums:
             raise InputError(f"{self.path}: damaged: its tensors are not those that its description lists")
         for expected in wanted.values():
             entry, dtype = entries[expected.name], DTYPE_NAMES[expected.dtype]
@@ -145,7 +147,10 @@ class NativeCheckpoint(Checkpoint):
 
     @property
     def assets(self) -> Mapping[str, bytes]:
-        return {n.removeprefix(_ASSET_PREFIX): self._stored(n).numpy().tobytes() for n in self._asset_names}
+        return LazyAssets({n.removeprefix(_ASSET_PREFIX): functools.partial(self._asset, n) for n in self._asset_names})
+
+    def _asset(self, name: str) -> bytes:
+        return self._stored(name).numpy().tobytes()
 
     def _stored(self, name: str) -> Tensor:
         return self._files[self._weight_map.get(name, self.path.name)].tensor(name)

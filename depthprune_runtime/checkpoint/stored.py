@@ -16,7 +16,7 @@ from depthprune_runtime.checkpoint.container import TensorEntry
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.fields import from_fields
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.weights.quantized import PANEL_ROWS, QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 _PART_DTYPES = {"codes": torch.uint8, "scales": torch.bfloat16, "zeros": torch.uint8}
 _STRIP_ELEMENTS = 1 << 23  # of a weight, dequantised through float32 at a time
@@ -62,15 +62,8 @@ def quantization_from_json(data: object, spec: DecoderSpec) -> dict[str, QuantSp
 def dense(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:  # [N, K]
     """`weight.dequantize(dtype)`, some panels of rows at a time, since it goes through float32."""
     made = torch.empty(weight.shape, dtype=dtype)
-    panels = max(1, _STRIP_ELEMENTS // (PANEL_ROWS * weight.in_features))
-    for first in range(0, weight.codes.shape[0], panels):
-        part = slice(first, first + panels)
-        rows = slice(first * PANEL_ROWS, min((first + panels) * PANEL_ROWS, weight.out_features))
-        made[rows] = dataclasses.replace(
-            weight,
-            out_features=rows.stop - rows.start,
-            codes=weight.codes[part],
-            scales=weight.scales[part],
-            zeros=None if weight.zeros is None else weight.zeros[part],
-        ).dequantize(dtype)
+    first = 0
+    for strip in weight.strips(_STRIP_ELEMENTS):
+        made[first : first + strip.out_features] = strip.dequantize(dtype)
+        first += strip.out_features
     return made

@@ -257,8 +257,7 @@ class Step:
         self.ahead = (ids, positions, tables, table, torch.full((B, STOPS), -1), 3, 1e9)
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        own = {"builder": self.builder, "attention": self.attention, "norm": self.norm}
-        return own | self.linears
+        return {"builder": self.builder, "attention": self.attention, "norm": self.norm} | self.linears
 
     def build(self) -> Any:
         linears = {name: _C.StepLinear(**a) for name, a in self.linears.items()}
@@ -335,10 +334,11 @@ def in_child(name: str) -> list[str]:
 
 
 def main(names: list[str]) -> int:
+    import torch._dynamo  # a call with a meta tensor imports it, which takes each child longer than its calls
+
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a fork has one thread
-    missing = set(REFERENCES) - set(BASES)
-    if missing:
+    if missing := set(REFERENCES) - set(BASES):
         print(f"no arguments for {sorted(missing)}")
         return 1
     found = [line for name in names or NAMES for line in in_child(name)]

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.names import KINDS, Kind
-from depthprune_runtime.pruning.shortgpt import block_pairs
+from depthprune_runtime.pruning.amount import Amount, block_pairs, blocks_for_sparsity
+from depthprune_runtime.pruning.finercut.options import KINDS, Kind
 from depthprune_runtime.spec import DecoderSpec
 
 
@@ -55,6 +55,18 @@ class Goal:
         return steps
 
 
+def goal_of(amount: Amount, spec: DecoderSpec) -> Goal:
+    """N blocks fewer means the parameters of N blocks."""
+    if amount.sublayers is not None:
+        return Goal(count=amount.sublayers)
+    if amount.sparsity is not None:
+        blocks_for_sparsity(spec, amount.sparsity, len(block_pairs(spec)) - 1)
+        return Goal(sparsity=amount.sparsity)
+    attention, ffn = block_pairs(spec)[0]
+    one = spec.sublayer_parameters(attention) + spec.sublayer_parameters(ffn)
+    return Goal(sparsity=amount.block_count(spec) * one / spec.num_parameters())
+
+
 def check_choice(front_protection: float, only: Kind | None) -> None:
     """Refuse what `candidates` cannot work with."""
     if not (isinstance(front_protection, int | float) and 0.0 <= front_protection <= 1.0):
@@ -89,10 +101,10 @@ def candidates(spec: DecoderSpec, gone: list[int], front_protection: float, only
 
 
 def removable_sublayers(spec: DecoderSpec, front_protection: float, only: Kind | None = None) -> list[int]:
-    """As many sub-layers as a search can remove at all: one stays, and so do those protected for ever.
+    """The sub-layers that a search can remove in all.
 
-    Where everything can go but one, the largest stays in this list's place, so that its parameters are
-    a share that every search reaches.
+    One always stays, and so do those that the front protection never frees. Where any single one may stay,
+    the list leaves out the largest: every search can reach the parameters of the others.
     """
     check_choice(front_protection, only)
     total = len(spec.sublayers)
