@@ -36,10 +36,13 @@ def _logits(checkpoint: Checkpoint, ids: Tensor, convert: Convert, on_sublayer: 
     return torch.cat(strips, dim=1)
 
 
-def check_logits(source: Checkpoint, written: Checkpoint, convert: Convert, on_sublayer: Callable[[], None]) -> float:
+def check_logits(
+    source: Checkpoint, written: Checkpoint, name: str, convert: Convert, on_sublayer: Callable[[], None]
+) -> float:
     """Relative L2 distance of the logits of `written` from those of `source`, over a fixed text of random ids.
 
-    convert: what writing did to a weight. Raises InputError where they are not those of the same model.
+    name: of what was written, for the message; convert: what writing did to a weight. Raises InputError where the
+    logits are not those of the same model.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(_TOKENS, source.spec.max_position_embeddings)
@@ -50,7 +53,7 @@ def check_logits(source: Checkpoint, written: Checkpoint, convert: Convert, on_s
     distance = float((found - wanted).norm() / wanted.norm())
     if not distance <= _TOLERANCE:
         raise InputError(
-            f"{written.name}: its logits are {distance:.3g} (relative L2) from those of {source.name}, expected at "
+            f"{name}: its logits are {distance:.3g} (relative L2) from those of {source.name}, expected at "
             f"most {_TOLERANCE:g}: nothing is kept of it; please report this model's shape"
         )
     return distance

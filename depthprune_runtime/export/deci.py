@@ -67,8 +67,8 @@ def write(
     """Fill the empty folder `path`; returns the kind of the layout."""
     padded = PaddedCheckpoint(checkpoint, slots(checkpoint.spec))
     spec = dataclasses.replace(padded.spec, rope=recognized(padded.spec))
-    tensors = Unpacked(padded, source_shapes(HF_NAMES, numbered(spec)), dtype)
-    folder.write_weights(path, tensors, max_shard_size, on_tensor)
+    tensors = Unpacked(padded, source_shapes(HF_NAMES, numbered(spec)), dtype, on_tensor)
+    folder.write_weights(path, tensors, max_shard_size)
     folder.write_config(path, checkpoint, deci_config(spec), dtype)
     folder.write_assets(path, checkpoint)
     folder.write_code(path, CODE_FILES)

@@ -62,12 +62,15 @@ def _as_written(target: Target, dtype: torch.dtype) -> Convert:
     return convert
 
 
-def _check(source: Checkpoint, written: Path, target: Target, dtype: torch.dtype, progress: Progress) -> float:
+def _check(
+    source: Checkpoint, written: Path, name: str, target: Target, dtype: torch.dtype, progress: Progress
+) -> float:
+    """`check_logits` of the file or folder `written`, which will be called `name`."""
     # float32 holds the values of a file in any dtype; a folder is read as it is
     found = open_checkpoint(written, torch.float32 if target == "gguf" else None)
     total = len(source.spec.sublayers) + len(found.spec.sublayers)
     with progress.stage("check logits", total) as advance:
-        return check_logits(source, found, _as_written(target, dtype), advance)
+        return check_logits(source, found, name, _as_written(target, dtype), advance)
 
 
 @contextlib.contextmanager
@@ -162,6 +165,6 @@ def export_model(
         card = CardFacts(license, perplexity)
         writing = _written_folder(checkpoint, path, _FOLDERS[target], chosen, limit, card, overwrite, progress)
     with writing as (unnamed, kind):
-        distance = _check(checkpoint, unnamed, target, chosen, progress) if check else None
+        distance = _check(checkpoint, unnamed, str(path), target, chosen, progress) if check else None
     url = None if push_to is None else push(path, push_to, private)
     return ExportResult(path, target, kind, distance, url)

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,7 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_weights(
-    folder: Path, tensors: Unpacked, max_shard_size: int, on_tensor: Callable[[], None] = lambda: None
-) -> None:
+def write_weights(folder: Path, tensors: Unpacked, max_shard_size: int) -> None:
     """`model.safetensors`, or shards with their index, streamed."""
     groups = split(tensors.entries, max_shard_size)
     names = ["model.safetensors"]
@@ -73,7 +71,7 @@ def write_weights(
         names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
         with (folder / name).open("w+b") as file:
-            write_entries(file, group, tensors.tensor, lambda _: {"format": "pt"}, lambda *_: on_tensor())
+            write_entries(file, group, tensors.tensor, lambda _: {"format": "pt"})
             file.flush()
             os.fsync(file.fileno())
     if len(groups) > 1:

@@ -111,7 +111,7 @@ class _Model:
         return tensor
 
 
-def _model(checkpoint: Checkpoint, dtype: torch.dtype) -> _Model:
+def _model(checkpoint: Checkpoint, dtype: torch.dtype, on_tensor: Callable[[], None]) -> _Model:
     arch = architecture(checkpoint.spec)
     if arch == "qwen3" and per_head_gains(checkpoint):
         raise InputError(
@@ -120,7 +120,7 @@ def _model(checkpoint: Checkpoint, dtype: torch.dtype) -> _Model:
     source = PaddedCheckpoint(checkpoint, slots(checkpoint.spec)) if arch == "deci" else checkpoint
     parts = source_shapes(GGUF_NAMES, numbered(source.spec))
     # vectors in float32, as llama.cpp's operators want them
-    return _Model(source, arch, dtype, Unpacked(source, parts, dtype, torch.float32))
+    return _Model(source, arch, dtype, Unpacked(source, parts, dtype, on_tensor, torch.float32))
 
 
 def _add_shape(writer: GGUFWriter, model: _Model) -> None:
@@ -174,7 +174,7 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
 
 def write(checkpoint: Checkpoint, file: BinaryIO, dtype: torch.dtype, on_tensor: Callable[[], None], title: str) -> str:
     """Write `checkpoint`, which `refuses` lets pass, into the empty `file`; returns the architecture."""
-    model = _model(checkpoint, dtype)
+    model = _model(checkpoint, dtype, on_tensor)
     writer = GGUFWriter(None, model.arch)
     writer.add_name(title)
     writer.add_file_type(_KINDS[dtype][1])
@@ -197,6 +197,5 @@ def write(checkpoint: Checkpoint, file: BinaryIO, dtype: torch.dtype, on_tensor:
         tensor = rope if entry.name == _ROPE_FACTORS else model.tensor(entry.name)
         assert tensor is not None
         writer.write_tensor_data(_bytes(tensor))
-        on_tensor()
     writer.flush()
     return model.arch

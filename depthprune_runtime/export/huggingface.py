@@ -135,7 +135,7 @@ def write(
 ) -> str:
     """Fill the empty folder `path`; returns the kind of the layout."""
     made = layout(checkpoint)
-    folder.write_weights(path, Unpacked(checkpoint, made.parts, dtype), max_shard_size, on_tensor)
+    folder.write_weights(path, Unpacked(checkpoint, made.parts, dtype, on_tensor), max_shard_size)
     folder.write_config(path, checkpoint, made.config, dtype)
     folder.write_assets(path, checkpoint)
     folder.write_code(path, made.code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,13 +34,20 @@ def _split(tensor: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
 class Unpacked:
     """The tensors of `checkpoint` under a target's names; one packed tensor is in memory at a time.
 
-    dtype: of all; vectors: of those with one axis, by default the same. None keeps the checkpoint's.
+    dtype: of all; vectors: of those with one axis, by default the same; on_tensor: called for each packed tensor that
+    is read.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, parts: Parts, dtype: torch.dtype, vectors: torch.dtype | None = None
+        self,
+        checkpoint: Checkpoint,
+        parts: Parts,
+        dtype: torch.dtype,
+        on_tensor: Callable[[], None],
+        vectors: torch.dtype | None = None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._on_tensor = on_tensor
         self._parts = parts
         self._home = {target: name for name, shapes in parts.items() for target in shapes}
         self._held: tuple[str, dict[str, Tensor]] = ("", {})
@@ -56,6 +63,7 @@ class Unpacked:
         name = self._home[target]
         if self._held[0] != name:
             self._held = (name, _split(self._checkpoint.tensor(name), self._parts[name]))
+            self._on_tensor()
         return converted(self._held[1][target], self._dtypes[target], name).contiguous()
 
     @property

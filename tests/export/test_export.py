@@ -45,7 +45,7 @@ def test_a_folder_is_replaced_only_by_force(pruned, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_folders_that_are_never_replaced(pruned, tmp_path):
+def test_folders_that_are_never_replaced(pruned, tmp_path, monkeypatch):
     own = pico.save(pico.build_model("llama"), tmp_path / "model")
     before = sorted((p.name, p.stat().st_mtime_ns) for p in own.iterdir())
     with pytest.raises(InputError, match="holds what this job reads"):
@@ -58,6 +58,14 @@ def test_folders_that_are_never_replaced(pruned, tmp_path):
     (papers / "note.txt").write_text("mine")
     with pytest.raises(InputError, match="not of a model"):
         export_model(pruned("wide"), papers, "hf", overwrite=True)
+    with pytest.raises(InputError, match="got a file"):
+        export_model(pruned("wide"), papers / "note.txt", "hf", overwrite=True)
+    with pytest.raises(InputError, match="got something else"):
+        export_model(pruned("wide"), papers, "gguf", overwrite=True)
+    monkeypatch.chdir(papers)
+    for here in (".", "..", "/"):
+        with pytest.raises(InputError):
+            export_model(pruned("wide"), here, "hf", overwrite=True)
     with pytest.raises(InputError, match="create it first"):
         export_model(pruned("wide"), tmp_path / "no" / "out", "hf")
     assert (papers / "note.txt").read_text() == "mine"
@@ -75,7 +83,7 @@ def test_nothing_is_left_of_what_is_wrong(pruned, tmp_path, monkeypatch, target)
         return tensor.flip(0).contiguous() if "down" in name and ".3." in name else tensor
 
     monkeypatch.setattr(Unpacked, "tensor", swapped)
-    with pytest.raises(InputError, match="relative L2"):
+    with pytest.raises(InputError, match=r"out: its logits are .* \(relative L2\)"):
         export_model(pruned("uniform"), tmp_path / "out", target)
     assert not list(tmp_path.iterdir())
 
