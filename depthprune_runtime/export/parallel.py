@@ -35,22 +35,22 @@ def layer_bytes(spec: DecoderSpec, element_size: int = 2) -> list[int]:
 
 
 def balanced(sizes: list[int], stages: int) -> list[int]:
-    """How many of `sizes`, in order, each of `stages` takes, so that the largest stage is as small as it can be."""
+    """How many of `sizes`, in order, each of `stages` takes: the largest stage as small as it can be, the rest even."""
     ends = [0, *itertools.accumulate(sizes)]
     count = len(sizes)
-    # best[n]: (largest stage, counts) over the first n sizes with the stages so far
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+    # first sizes -> largest stage, sum of squares, counts, of the best split of them over the stages so far
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
     for stage in range(1, stages + 1):
-        grown: dict[int, tuple[int, tuple[int, ...]]] = {}
+        grown = {}
         for end in range(stage, count - (stages - stage) + 1):
-            choices = [
-                (max(largest, ends[end] - ends[start]), (*counts, end - start))
-                for start, (largest, counts) in best.items()
-                if start < end
-            ]
+            choices = []
+            for start, (largest, squares, counts) in best.items():
+                if start < end:
+                    size = ends[end] - ends[start]
+                    choices.append((max(largest, size), squares + size**2, (*counts, end - start)))
             grown[end] = min(choices)
         best = grown
-    return list(best[count][1])
+    return list(best[count][2])
 
 
 def pipeline_partitions(spec: DecoderSpec) -> dict[int, list[int]]:

@@ -35,6 +35,11 @@ def test_stages_are_as_even_as_they_can_be():
         assert max(sum(sizes[a:b]) for a, b in itertools.pairwise(ends)) == best
 
 
+def test_the_rest_is_even_where_one_layer_is_the_largest_stage():
+    assert balanced([10, 1, 1, 1, 1], 3) == [1, 2, 2]
+    assert balanced([10, 1, 1, 1, 1, 1, 1, 10], 4) == [1, 3, 3, 1]
+
+
 def test_partitions_count_layers():
     assert pipeline_partitions(plain_spec(4)).keys() == {2, 4}
     assert pipeline_partitions(plain_spec(4))[4] == [1, 1, 1, 1]
