@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from depthprune_runtime.engine.runtime import Runtime
     from depthprune_runtime.errors import InputError
     from depthprune_runtime.evaluation.perplexity import perplexity
+    from depthprune_runtime.healing.heal import heal
+    from depthprune_runtime.healing.options import HealOptions
     from depthprune_runtime.pruning.prune import import_model, prune
     from depthprune_runtime.quantization.quantize import quantize
 
@@ -30,11 +32,13 @@ __all__ = [
     "Engine",
     "EngineDead",
     "EngineFull",
+    "HealOptions",
     "InputError",
     "RequestOutput",
     "Runtime",
     "SamplingParams",
     "__version__",
+    "heal",
     "import_model",
     "perplexity",
     "prune",
@@ -48,10 +52,12 @@ _HOMES = {
     "Engine": "engine.engine",
     "EngineDead": "engine.errors",
     "EngineFull": "engine.errors",
+    "HealOptions": "healing.options",
     "InputError": "errors",
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",
     "SamplingParams": "engine.params",
+    "heal": "healing.heal",
     "import_model": "pruning.prune",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning.prune",

@@ -124,9 +124,10 @@ class Cache:
             return None
         found, first = [], _CHECKSUM_BYTES
         for part in self._parts:
-            if part.numel():
-                part = torch.frombuffer(data, dtype=part.dtype, count=part.numel(), offset=first).view(part.shape)
-            found.append(part)
+            count, values = part.numel(), part
+            if count:
+                values = torch.frombuffer(data, dtype=part.dtype, count=count, offset=first).view(part.shape)
+            found.append(values)
             first += part.nbytes
         return Target(*found)
 

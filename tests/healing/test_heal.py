@@ -9,30 +9,44 @@ import pico
 import pytest
 import torch
 
-from depthprune_runtime import InputError, Runtime, prune
+from depthprune_runtime import InputError, Runtime, import_model, prune
 from depthprune_runtime.checkpoint import open_checkpoint, write_native
 from depthprune_runtime.healing import train
-from depthprune_runtime.healing.heal import HealedCheckpoint, heal
+from depthprune_runtime.healing.data import Source, packed_windows
+from depthprune_runtime.healing.heal import HealedCheckpoint, first_trained, heal
 from depthprune_runtime.healing.options import HealOptions, heal_options
+from depthprune_runtime.healing.schedule import held_out
+from depthprune_runtime.pruning.plan import Drop, PrunePlan
+from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.quantization.quantize import quantize
+from depthprune_runtime.text.tokenizer import Tokenizer
 
 SMALL = HealOptions(
-    tokens=12 * 4 * 32, batch=4, seq_len=32, held_out=4, learning_rate=0.01, eval_every=6, save_every=4, top_k=16
+    tokens=12 * 4 * 32, batch=4, seq_len=32, held_out=4, learning_rate=0.003, eval_every=6, save_every=4, top_k=16
 )
 
 
 @pytest.fixture(scope="module")
 def pruned(pico_file, tmp_path_factory):
-    """Blocks 3 and 4 of 6 are gone; what stays is repaired."""
+    """Block 3 of 6 is gone, and nothing else is changed."""
     path = tmp_path_factory.mktemp("pruned") / "p.safetensors"
-    prune(pico_file, path, blocks=2, score="sequential", samples=4, seq_len=32)
+    dense = open_checkpoint(pico_file)
+    write_native(path, PrunedCheckpoint(dense, PrunePlan("test", dense.digest(), (Drop(6), Drop(7)))))
     return path
 
 
 @pytest.fixture(scope="module")
-def healed(pruned, pico_file, tmp_path_factory):
+def text(tmp_path_factory):
+    """A text of some hundred windows."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"the quick brown fox {n}" for n in range(800)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def healed(pruned, pico_file, tmp_path_factory, text):
     path = tmp_path_factory.mktemp("healed") / "h.safetensors"
-    return heal(pruned, path, teacher=pico_file, data=["builtin"], options=SMALL)
+    return heal(pruned, path, teacher=pico_file, data=[text], options=SMALL)
 
 
 def differing(first, second):
@@ -41,21 +55,10 @@ def differing(first, second):
     return {name for name in ours if ours[name] != theirs[name]}
 
 
-@pytest.fixture(scope="module")
-def middle(pico_file, tmp_path_factory):
-    """Block 3 of 6 is gone, and nothing else is changed."""
-    from depthprune_runtime.pruning.plan import Drop, PrunePlan
-    from depthprune_runtime.pruning.surgery import PrunedCheckpoint
-
-    path = tmp_path_factory.mktemp("middle") / "m.safetensors"
-    dense = open_checkpoint(pico_file)
-    write_native(path, PrunedCheckpoint(dense, PrunePlan("test", dense.digest(), (Drop(6), Drop(7)))))
-    return path
-
-
 def test_the_loss_falls_and_the_file_says_how(healed, pruned, pico_file):
+    losses = [report["loss"] for report in healed.history]
     assert [report["step"] for report in healed.history] == [0, 6, 12]
-    assert healed.history[-1]["loss"] < 0.8 * healed.history[0]["loss"]
+    assert losses[2] < losses[1] < losses[0] and losses[2] < 0.95 * losses[0]
     checkpoint = open_checkpoint(healed.path)
     (healing,) = checkpoint.provenance["healing"]
     assert healing["teacher_digest"] == open_checkpoint(pico_file).digest()
@@ -67,32 +70,28 @@ def test_the_loss_falls_and_the_file_says_how(healed, pruned, pico_file):
     assert str(Runtime.load(healed.path, device="cpu").generate("the quick", max_new_tokens=3, ignore_eos=True))
 
 
-def test_the_reported_loss_is_that_of_the_written_model(pico_file, pruned, tmp_path):
+def test_the_reported_loss_is_that_of_the_written_model(pico_file, pruned, tmp_path, text):
     """By the runtime, over the whole vocabulary, on the same windows."""
     options = dataclasses.replace(SMALL, top_k=10**6, tokens=4 * 4 * 32)
-    result = heal(pruned, tmp_path / "h", teacher=pico_file, data=["builtin"], options=options)
-    from depthprune_runtime.healing.data import Source, packed_windows
-    from depthprune_runtime.healing.schedule import held_out
-    from depthprune_runtime.text.tokenizer import Tokenizer
-
-    windows = packed_windows([Source("builtin")], Tokenizer(open_checkpoint(pruned)), 32, pico.VOCAB_SIZE).ids
+    result = heal(pruned, tmp_path / "h", teacher=pico_file, data=[text], options=options)
+    windows = packed_windows([Source(text)], Tokenizer(open_checkpoint(pruned)), 32, pico.VOCAB_SIZE).ids
     teacher, student = (Runtime.load(path, device="cpu") for path in (pico_file, result.path))
     losses = []
     for window in windows[held_out(len(windows), options)]:
         p, q = (torch.log_softmax(runtime.logits(window.tolist()), -1) for runtime in (teacher, student))
         losses.append((p.exp() * (p - q)).sum(-1).mean().item())
-    assert result.history[-1]["loss"] == pytest.approx(sum(losses) / len(losses), rel=2e-3)
+    assert result.history[-1]["loss"] == pytest.approx(sum(losses) / len(losses), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_only_what_lies_behind_the_first_edit_changes(middle, pico_file, tmp_path, kind):
+def test_only_what_lies_behind_the_first_edit_changes(pruned, pico_file, tmp_path, text, kind):
     options = dataclasses.replace(SMALL, train=kind, tokens=2 * 4 * 32)
-    result = heal(middle, tmp_path / "h", teacher=pico_file, data=["builtin"], options=options)
-    spec = open_checkpoint(middle).spec
+    result = heal(pruned, tmp_path / "h", teacher=pico_file, data=[text], options=options)
+    spec = open_checkpoint(pruned).spec
     behind = [name for i in range(6, len(spec.sublayers)) for name in spec.sublayer_shapes(i)]
     projections = {name for name in behind if name.endswith("_proj.weight")}
     expected = projections if kind == "lora" else {*behind, "norm.weight"}
-    assert set(result.trained) == differing(middle, tmp_path / "h") == expected
+    assert set(result.trained) == differing(pruned, tmp_path / "h") == expected
 
 
 @pytest.mark.parametrize(
@@ -104,9 +103,9 @@ def test_only_what_lies_behind_the_first_edit_changes(middle, pico_file, tmp_pat
     ],
     ids=["lora", "low memory", "without a cache"],
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(pruned, pico_file, tmp_path, monkeypatch, changes):
+def test_an_interrupted_run_goes_on_to_the_same_bits(pruned, pico_file, tmp_path, monkeypatch, changes, text):
     options = dataclasses.replace(SMALL, **changes)
-    arguments = {"teacher": pico_file, "data": ["builtin"], "options": options}
+    arguments = {"teacher": pico_file, "data": [text], "options": options}
     heal(pruned, tmp_path / "through", **arguments)
     step, calls = train.Training._step, []
 
@@ -122,8 +121,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pruned, pico_file, tmp_path
     assert not (tmp_path / "again").exists()
     with pytest.raises(InputError, match=r"an earlier run is there; go on with --resume"):
         heal(pruned, tmp_path / "again", **arguments)
-    other = {**arguments, "options": dataclasses.replace(options, learning_rate=0.02)}
-    with pytest.raises(InputError, match=r"of another run: expected learning_rate 0.02, got 0.01"):
+    other = {**arguments, "options": dataclasses.replace(options, learning_rate=0.01)}
+    with pytest.raises(InputError, match=r"of another run: expected learning_rate 0.01, got 0.003"):
         heal(pruned, tmp_path / "again", **other, resume=True)
     heal(pruned, tmp_path / "again", **arguments, resume=True)
     assert len(calls) == 8 + 8  # four steps were saved
@@ -131,38 +130,50 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(pruned, pico_file, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "through"]
 
 
-def test_the_cache_changes_nothing(pruned, pico_file, tmp_path):
+def test_the_cache_changes_nothing(pruned, pico_file, tmp_path, text):
     for name, cache in (("a", True), ("b", False)):
         options = dataclasses.replace(SMALL, cache=cache, tokens=2 * 4 * 32)
-        heal(pruned, tmp_path / name, teacher=pico_file, data=["builtin"], options=options)
+        heal(pruned, tmp_path / name, teacher=pico_file, data=[text], options=options)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_damaged_state_is_refused(pruned, pico_file, tmp_path):
+def test_a_damaged_state_is_refused(pruned, pico_file, tmp_path, text):
     (tmp_path / "h.heal").mkdir()
     (tmp_path / "h.heal" / "state.pt").write_bytes(b"no state")
-    arguments = {"teacher": pico_file, "data": ["builtin"], "options": SMALL}
+    arguments = {"teacher": pico_file, "data": [text], "options": SMALL}
     with pytest.raises(InputError, match="damaged or of another kind; begin anew with --force"):
         heal(pruned, tmp_path / "h", **arguments, resume=True)
     heal(pruned, tmp_path / "h", **arguments, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["h"]
 
 
-def test_a_healed_file_heals_again_and_keeps_what_was_done(healed, pico_file, tmp_path):
-    heal(healed.path, tmp_path / "h", teacher=pico_file, data=["builtin"], options=SMALL)
+def test_a_healed_file_heals_again_and_keeps_what_was_done(healed, pico_file, tmp_path, text):
+    heal(healed.path, tmp_path / "h", teacher=pico_file, data=[text], options=SMALL)
     done = open_checkpoint(tmp_path / "h").provenance["healing"]
     assert len(done) == 2
     assert done[1]["held_out_history"][0]["loss"] == pytest.approx(done[0]["held_out_history"][-1]["loss"], rel=1e-4)
 
 
-def test_what_is_stored_in_bfloat16_heals(pico_llama, tmp_path):
-    from depthprune_runtime import import_model
-
+def test_what_is_stored_in_bfloat16_heals(pico_llama, tmp_path, text):
     import_model(pico_llama[1], tmp_path / "dense", dtype="bf16")
-    prune(tmp_path / "dense", tmp_path / "p", blocks=2, samples=4, seq_len=32)
-    result = heal(tmp_path / "p", tmp_path / "h", teacher=tmp_path / "dense", data=["builtin"], options=SMALL)
-    assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
+    prune(tmp_path / "dense", tmp_path / "p", drop="3", repair="none")
+    result = heal(tmp_path / "p", tmp_path / "h", teacher=tmp_path / "dense", data=[text], options=SMALL)
+    assert result.history[-1]["loss"] < 0.97 * result.history[0]["loss"]
     assert open_checkpoint(tmp_path / "h").dtype == torch.bfloat16
+
+
+def test_training_begins_where_the_repair_does(pico_file, tmp_path):
+    """A repair lets the FFN before a dropped block answer for it."""
+    prune(pico_file, tmp_path / "p", drop="3", samples=4, seq_len=32)
+    assert first_trained(open_checkpoint(tmp_path / "p"), open_checkpoint(pico_file)) == 5
+
+
+def test_what_follows_nothing_answers_for_the_end(pico_file, tmp_path):
+    prune(pico_file, tmp_path / "p", drop="4-5", repair="none")
+    assert first_trained(open_checkpoint(tmp_path / "p"), open_checkpoint(pico_file)) == 7
+    prune(pico_file, tmp_path / "q", blocks=0, samples=4, seq_len=32)
+    with pytest.raises(InputError, match="nothing to heal"):
+        first_trained(open_checkpoint(tmp_path / "q"), open_checkpoint(pico_file))
 
 
 def refused(message, *arguments, **options):
@@ -171,8 +182,8 @@ def refused(message, *arguments, **options):
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_healed_is_refused(pruned, pico_file, tmp_path):
-    given = {"teacher": pico_file, "data": ["builtin"], "options": SMALL}
+def test_what_cannot_be_healed_is_refused(pruned, pico_file, tmp_path, text):
+    given = {"teacher": pico_file, "data": [text], "options": SMALL}
     out = tmp_path / "h"
     refused("got a dense model without a plan; prune it first", pico_file, out, **given)
     refused("expected at least one text to train on, got none", pruned, out, **{**given, "data": []})
