@@ -146,11 +146,12 @@ def _where(main: int) -> str:
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: prune, and watch the memory."""
     from depthprune_runtime import prune
+    from depthprune_runtime.pruning.method import method_options
 
     # what the imports take is there before any weight is read; they count, too
     import depthprune_runtime.pruning.prune  # noqa: F401  isort: skip
 
-    method, options = METHODS[task["method"]]
+    method, values = METHODS[task["method"]]
     base = memory()["RssAnon"]
     main = threading.get_ident()
     trail: list[str] = []
@@ -159,13 +160,12 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         result = prune(
             task["dense"],
             task["output"],
-            method,  # type: ignore[arg-type]
             blocks=task["drop"],
+            options=method_options(method, values),
             repair=task["repair"],
             samples=task["samples"],
             seq_len=task["seq_len"],
             device="cpu",
-            **options,
         )
     return {
         "seconds": round(time.perf_counter() - start, 1),

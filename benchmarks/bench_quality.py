@@ -56,9 +56,12 @@ def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
 
     from depthprune_runtime.checkpoint import open_checkpoint, write_native
     from depthprune_runtime.fitting.calibrator import Calibrator
-    from depthprune_runtime.pruning import prune as pipeline
-    from depthprune_runtime.pruning.options import REPAIR_WINDOWS, FlattenGPTOptions
+    from depthprune_runtime.fitting.options import REPAIR_WINDOWS
+    from depthprune_runtime.pruning.flattengpt.grouping import plan_flattengpt
+    from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
+    from depthprune_runtime.pruning.flattengpt.units import kept_units
     from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
+    from depthprune_runtime.pruning.result import PruneResult
     from depthprune_runtime.spec import AttentionSpec
 
     chosen, cpu = FlattenGPTOptions(**options), torch.device("cpu")
@@ -66,19 +69,23 @@ def prune_heads(task: dict[str, Any], options: dict[str, Any]) -> Any:
     calibrator = Calibrator(parent, task["calibration"], None, None, task["seed"])
     with torch.inference_mode():
         data = calibrator.windows(64, 512)
-        plan = pipeline.plan_flattengpt(parent, task["blocks"], data, cpu, chosen)
-        units = pipeline.kept_units(parent.spec, plan, 0.0)
+        plan = plan_flattengpt(parent, task["blocks"], data, cpu, chosen)
+        units = kept_units(parent.spec, plan, 0.0)
         attention = {
             first: keep for first, keep in units.items() if isinstance(parent.spec.sublayers[first], AttentionSpec)
         }
-        rebuild = Rebuild(parent, plan, Narrowing(attention, chosen), None, cpu)
+        after_repair = chosen.selection == "after-repair"
+        narrowing = Narrowing(attention, after_repair, chosen.compensate, chosen.leverage_lam)
+        rebuild = Rebuild(parent, plan, narrowing, None, cpu)
         pruned, plan = rebuild.run(rebuild.walk(calibrator.windows(*REPAIR_WINDOWS).windows))
     write_native(Path(task["output"]), pruned, overwrite=True)
-    return pipeline.PruneResult(Path(task["output"]), parent.spec, pruned.spec, plan)
+    before, after = parent.spec.num_parameters(), pruned.spec.num_parameters()
+    return PruneResult(Path(task["output"]), plan, before, after, parent.spec, pruned.spec)
 
 
 def prune_variant(task: dict[str, Any]) -> Any:
     from depthprune_runtime import prune
+    from depthprune_runtime.pruning.method import method_options
 
     method, options = VARIANTS[task["variant"]]
     if method == "heads":
@@ -88,13 +95,12 @@ def prune_variant(task: dict[str, Any]) -> Any:
     return prune(
         task["dense"],
         task["output"],
-        method,  # type: ignore[arg-type]
         blocks=task["blocks"],
+        options=method_options(method, options),
         repair=task["repair"],
         calibration=task["calibration"],
         seed=task["seed"],
         overwrite=True,
-        **options,
     )
 
 
@@ -108,7 +114,7 @@ def pruned(task: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     result = prune_variant(task)
     found = {
-        "parameters": result.spec.num_parameters(),
+        "parameters": result.parameters,
         "sparsity": round(result.sparsity, 4),
         "prune_s": round(time.perf_counter() - start, 1),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

@@ -17,9 +17,8 @@ from typing import Any
 from bench_decode import ours
 from common import interleaved, print_json, spread
 
-from depthprune_runtime import Runtime, import_model, perplexity, prune
+from depthprune_runtime import RepairOptions, Runtime, ShortGPTOptions, import_model, perplexity, prune
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.texts import load_text
 
 PROMPT = "A good way to learn a new language is"
@@ -57,8 +56,8 @@ def main() -> None:
             path = Path(folder) / f"pruned-{blocks}-{repair}.safetensors"
             mend = "none" if repair == "none" else RepairOptions(samples=32)
             # block influence in every case: `auto` scores spans before a repair, which takes minutes more
-            score = {"score": "block-influence"}
-            prune(dense, path, "shortgpt", blocks=blocks, repair=mend, progress=Progress(True), **score)
+            score = ShortGPTOptions("block-influence")
+            prune(dense, path, blocks=blocks, options=score, repair=mend, progress=Progress(True))
             files[f"{blocks} dropped{'' if repair == 'none' else ', repaired'}"] = path
         rows = table({name: Runtime.load(path) for name, path in files.items()})
     if args.json:

@@ -26,14 +26,15 @@ import torch
 from common import print_json
 
 from depthprune_runtime import prune, quantize
-from depthprune_runtime.pruning.names import Method, Repair
-from depthprune_runtime.pruning.options import RepairOptions
+from depthprune_runtime.fitting.options import Repair, RepairOptions
+from depthprune_runtime.pruning.method import method_options
 
 FAMILIES = {"llama": torch.float32, "qwen3": torch.bfloat16}
 TOKENS = {"samples": 72, "seq_len": 64}  # more than one batch
 BLOCKS = {"blocks": 2, **TOKENS}
 SHARES = {"grouping": "similarity", "keep_width": 0.5}
-CASES: dict[str, tuple[Method, Repair | RepairOptions, dict[str, Any]]] = {
+AMOUNTS = (*TOKENS, "blocks", "sublayers", "sparsity")  # the rest are options of the method
+CASES: dict[str, tuple[str, Repair | RepairOptions, dict[str, Any]]] = {
     "shortgpt, not repaired": ("shortgpt", "none", BLOCKS),
     "shortgpt": ("shortgpt", "ridge", BLOCKS),
     "shortgpt, answered after": ("shortgpt", RepairOptions(answers_for="after", weighting="none"), BLOCKS),
@@ -75,7 +76,9 @@ def pico_digests(family: str, folder: Path) -> Iterator[tuple[str, str]]:
     dense = pico.save(model, folder / family)
     out, quantized = folder / "out.safetensors", folder / "quantized.safetensors"
     for name, (method, repair, options) in CASES.items():
-        prune(dense, out, method, repair=repair, overwrite=True, **options)
+        own = method_options(method, {key: value for key, value in options.items() if key not in AMOUNTS})
+        rest = {key: value for key, value in options.items() if key in AMOUNTS}
+        prune(dense, out, options=own, repair=repair, overwrite=True, **rest)
         yield f"{family}: {name}", digest(out)
         if name in QUANTIZED_TOO:
             quantize(out, quantized, overwrite=True, bits=4, **TOKENS)

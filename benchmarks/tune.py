@@ -33,8 +33,9 @@ from depthprune_runtime import InputError, Runtime, import_model, perplexity, pr
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.evaluation.task_files import find_task, load_task
 from depthprune_runtime.evaluation.tasks import evaluate_task
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.options import RepairOptions
+from depthprune_runtime.pruning.method import method_options
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.texts import load_text
@@ -96,21 +97,21 @@ def accuracies(runtime: Runtime, name: str, offset: int, limit: int) -> dict[str
 
 def pruned(args: argparse.Namespace, folder: Path, blocks: int, value: float) -> Checkpoint:
     """The model at `value` of a ridge, or for `strength` the one that is wholly repaired."""
-    options: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if args.method == "finercut":
-        options = {"fast": args.fast, "state_file": str(folder / "search.json")}
+        values = {"fast": args.fast, "state_file": str(folder / "search.json")}
     repair: Any
     if args.knob == "leverage-lam":
         repair = "none"
-        options["leverage_lam"] = value
+        values["leverage_lam"] = value
     elif args.knob == "strength":
         repair = RepairOptions(strength=1.0)
     else:
         repair = RepairOptions(lam=value) if args.knob == "repair-lam" else RepairOptions(samples=int(value))
     path = folder / "pruned.safetensors"
     prune(
-        folder / "dense.safetensors", path, args.method, blocks=blocks, repair=repair, calibration=args.calibration,
-        seed=args.seed, progress=Progress(True), **options,
+        folder / "dense.safetensors", path, blocks=blocks, options=method_options(args.method, values), repair=repair,
+        calibration=args.calibration, seed=args.seed, progress=Progress(True),
     )  # fmt: skip
     return open_checkpoint(path)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from depthprune_runtime.checkpoint.writing import import_model
     from depthprune_runtime.engine.async_engine import AsyncEngine
     from depthprune_runtime.engine.engine import Engine
     from depthprune_runtime.engine.errors import EngineDead, EngineFull
@@ -21,9 +22,13 @@ if TYPE_CHECKING:
     from depthprune_runtime.engine.runtime import Runtime
     from depthprune_runtime.errors import InputError
     from depthprune_runtime.evaluation.perplexity import perplexity
+    from depthprune_runtime.fitting.options import RepairOptions
     from depthprune_runtime.healing.heal import heal
     from depthprune_runtime.healing.options import HealOptions
-    from depthprune_runtime.pruning.prune import import_model, prune
+    from depthprune_runtime.pruning.finercut.options import FinerCutOptions
+    from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
+    from depthprune_runtime.pruning.prune import prune
+    from depthprune_runtime.pruning.shortgpt.options import ShortGPTOptions
     from depthprune_runtime.quantization.quantize import quantize
 
 __all__ = [
@@ -32,11 +37,15 @@ __all__ = [
     "Engine",
     "EngineDead",
     "EngineFull",
+    "FinerCutOptions",
+    "FlattenGPTOptions",
     "HealOptions",
     "InputError",
+    "RepairOptions",
     "RequestOutput",
     "Runtime",
     "SamplingParams",
+    "ShortGPTOptions",
     "__version__",
     "heal",
     "import_model",
@@ -52,13 +61,17 @@ _HOMES = {
     "Engine": "engine.engine",
     "EngineDead": "engine.errors",
     "EngineFull": "engine.errors",
+    "FinerCutOptions": "pruning.finercut.options",
+    "FlattenGPTOptions": "pruning.flattengpt.options",
     "HealOptions": "healing.options",
     "InputError": "errors",
+    "RepairOptions": "fitting.options",
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",
     "SamplingParams": "engine.params",
+    "ShortGPTOptions": "pruning.shortgpt.options",
     "heal": "healing.heal",
-    "import_model": "pruning.prune",
+    "import_model": "checkpoint.writing",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning.prune",
     "quantize": "quantization.quantize",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from depthprune_runtime import Runtime, perplexity, prune
+from depthprune_runtime import Runtime, ShortGPTOptions, perplexity, prune
 from depthprune_runtime.texts import load_text
 
 PROMPT = "Gravity is the force that"
@@ -82,5 +82,5 @@ def test_pruned_for_real(smollm2_file, tmp_path):
 
     dense, as_printed = measured(smollm2_file), pruned(repair="none")
     assert dense < as_printed < 2.5 * dense
-    assert as_printed < pruned(repair="none", score="reverse")
+    assert as_printed < pruned(repair="none", options=ShortGPTOptions("reverse"))
     assert pruned(repair="ridge") < as_printed

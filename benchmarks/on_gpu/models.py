@@ -18,8 +18,8 @@ from torch import Tensor
 
 from depthprune_runtime.families import HF_NAMES
 from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.pruning.amount import block_pairs
 from depthprune_runtime.pruning.plan import PrunePlan
-from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.surgery import pruned_spec
 from depthprune_runtime.spec import DecoderSpec
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from depthprune_runtime import import_model
 from depthprune_runtime.checkpoint import Checkpoint, NativeCheckpoint, write_native
 from depthprune_runtime.families import GGUF_NAMES, HF_NAMES, source_names
+from depthprune_runtime.pruning.amount import block_pairs
 from depthprune_runtime.pruning.plan import Drop, Edit, Flatten, Narrow, PrunePlan
-from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
 

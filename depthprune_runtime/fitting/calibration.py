@@ -20,6 +20,7 @@ from depthprune_runtime.fitting.finite import FiniteStates
 from depthprune_runtime.fitting.states import TokenStates
 from depthprune_runtime.fitting.stream import Stream, embed
 from depthprune_runtime.model.decoder import SublayerLoader
+from depthprune_runtime.options import check_count
 
 _BATCH_TOKENS = 4096  # tokens per forward pass, at most
 _RING = 3  # buffers: entering a block, between its sub-layers, leaving it
@@ -31,12 +32,6 @@ class CalibrationSet:
 
     windows: Tensor  # [N, S] int64
     description: dict[str, Any]
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what is no number of windows or tokens."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}: expected an integer from 1 on, got {value!r}")
 
 
 def sample_windows(ids: Sequence[int], samples: int, seq_len: int, seed: int | None) -> Tensor:  # [N, S] int64

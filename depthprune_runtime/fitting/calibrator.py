@@ -7,7 +7,8 @@ from pathlib import Path
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.fitting.calibration import CalibrationSet, calibration_set, check_count
+from depthprune_runtime.fitting.calibration import CalibrationSet, calibration_set
+from depthprune_runtime.options import check_count
 from depthprune_runtime.text.tokenizer import Tokenizer
 from depthprune_runtime.texts import known_ids, load_text
 

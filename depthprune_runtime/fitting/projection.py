@@ -24,9 +24,9 @@ from torch import Tensor
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting import linalg
 from depthprune_runtime.fitting.finite import is_finite
+from depthprune_runtime.fitting.options import Weighting
 from depthprune_runtime.fitting.walk import Visit
 from depthprune_runtime.host.devices import overflow_hint
-from depthprune_runtime.pruning.names import Weighting
 
 
 @dataclass

@@ -23,12 +23,12 @@ from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting import states as token_states
 from depthprune_runtime.fitting.finite import FiniteStates
+from depthprune_runtime.fitting.options import Answers
 from depthprune_runtime.fitting.pieces import Piece
 from depthprune_runtime.fitting.states import TokenStates
 from depthprune_runtime.fitting.stream import Stream, embed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.model.sublayers import Sublayer
-from depthprune_runtime.pruning.names import Answers
 from depthprune_runtime.spec import DecoderSpec
 
 

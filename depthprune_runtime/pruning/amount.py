@@ -1,4 +1,4 @@
-"""How much a pruning run is to remove, checked before any long work."""
+"""How much a pruning run is to remove, checked before any long work. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import math
 from dataclasses import dataclass
 
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.finercut.goal import Goal
-from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.spec import DecoderSpec
+
+
+def block_pairs(spec: DecoderSpec) -> tuple[tuple[int, int], ...]:
+    """(attention, FFN) indices of each block; only a model of whole blocks can lose whole blocks."""
+    blocks = spec.whole_blocks()
+    if blocks is None:
+        raise InputError("model: expected whole blocks (attention, then FFN); this one has lost single sub-layers")
+    return blocks
 
 
 def blocks_for_sparsity(spec: DecoderSpec, sparsity: float, removable: int, share: float = 1.0) -> int:
@@ -33,21 +39,19 @@ def blocks_for_sparsity(spec: DecoderSpec, sparsity: float, removable: int, shar
 
 
 @dataclass(frozen=True)
-class Request:
+class Amount:
     """How much goes: exactly one of the three."""
 
-    blocks: int | None
-    sublayers: int | None
-    sparsity: float | None
+    blocks: int | None = None
+    sublayers: int | None = None
+    sparsity: float | None = None
 
-    def check(self, method: str) -> None:
+    def check(self) -> None:
         given = [n for n in ("blocks", "sublayers", "sparsity") if getattr(self, n) is not None]
         if len(given) != 1:
             raise InputError(
                 f"expected exactly one of blocks, sublayers and sparsity, got {', '.join(given) or 'none'}"
             )
-        if given == ["sublayers"] and method != "finercut":
-            raise InputError(f"sublayers: only finercut drops single sub-layers, {method} needs blocks or sparsity")
 
     def block_count(self, spec: DecoderSpec, share: float = 1.0) -> int:
         removable = len(block_pairs(spec)) - 1  # at least one block stays, whichever it is
@@ -57,14 +61,3 @@ class Request:
         if isinstance(blocks, bool) or not isinstance(blocks, int) or not 0 <= blocks <= removable:
             raise InputError(f"blocks: expected 0 to {removable} of {removable + 1}, got {blocks!r}")
         return blocks
-
-    def goal(self, spec: DecoderSpec) -> Goal:
-        """For FinerCut: N blocks fewer means the parameters of N blocks."""
-        if self.sublayers is not None:
-            return Goal(count=self.sublayers)
-        if self.sparsity is not None:
-            blocks_for_sparsity(spec, self.sparsity, len(block_pairs(spec)) - 1)
-            return Goal(sparsity=self.sparsity)
-        attention, ffn = block_pairs(spec)[0]
-        one = spec.sublayer_parameters(attention) + spec.sublayer_parameters(ffn)
-        return Goal(sparsity=self.block_count(spec) * one / spec.num_parameters())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.fitting import projection as repair
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.fitting.states import TensorStore
 from depthprune_runtime.fitting.walk import Visit, Walk
 from depthprune_runtime.model.decoder import SublayerLoader
@@ -19,7 +20,6 @@ from depthprune_runtime.progress import Advance
 from depthprune_runtime.pruning.flattengpt import merging
 from depthprune_runtime.pruning.flattengpt import units as narrowing
 from depthprune_runtime.pruning.flattengpt.elimination import choose_after_repair
-from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
 from depthprune_runtime.pruning.plan import Edit, Narrow, PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.spec import AttentionSpec, SublayerSpec
@@ -32,10 +32,17 @@ def output_name(spec: SublayerSpec) -> str:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """How wide sub-layers are narrowed. units: first source -> units to keep."""
+    """How wide sub-layers are narrowed.
+
+    units: first source -> units to keep; after_repair: keep those with which a repair does best, else the most
+    important; compensate: re-solve down_proj for the channels that go, where no repair does; leverage_lam: ridge of the
+    channels' importance and of the compensation, relative to the mean of the Gram diagonal.
+    """
 
     units: Mapping[int, int]
-    options: FlattenGPTOptions
+    after_repair: bool = False
+    compensate: bool = True
+    leverage_lam: float = 10.0
 
 
 class Rebuild:
@@ -88,8 +95,8 @@ class Rebuild:
         columns, solved = None, None
         ahead: dict[str, Tensor] = {}
         if units is not None and self._narrowing is not None:
-            options = self._narrowing.options
-            if options.selection == "after-repair":
+            options = self._narrowing
+            if options.after_repair:
                 assert self._repair is not None
                 keep = choose_after_repair(moments, wide, spec, units, self._repair.lam)
             else:

@@ -26,16 +26,15 @@ from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting import linalg
 from depthprune_runtime.fitting import states as token_states
-from depthprune_runtime.fitting.calibration import CalibrationSet
 from depthprune_runtime.fitting.finite import FiniteStates
 from depthprune_runtime.fitting.states import TokenStates
 from depthprune_runtime.fitting.stream import Stream, embed
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.progress import Advance
-from depthprune_runtime.pruning.plan import Drop, PrunePlan
-from depthprune_runtime.pruning.shortgpt import block_pairs
+from depthprune_runtime.pruning.amount import block_pairs
 from depthprune_runtime.spec import FFNSpec
 
+WINDOWS = (64, 256)  # samples, seq_len: 32,768 tokens chose the same spans of SmolLM2 as 16,384
 MAX_SPAN = 6  # blocks; longer spans are seldom cheap, and every length costs a regression a block
 _DIRECTIONS = 128  # of the residual stream that are looked at
 _LAM = 0.1  # of the regressions, relative to the mean of the Gram diagonal
@@ -201,30 +200,6 @@ def span_errors(
     while len(kept) > 1:
         finish(len(pairs) + 1 - len(kept))
     return errors
-
-
-def plan_after_repair(
-    checkpoint: Checkpoint,
-    blocks: int,
-    calibration: CalibrationSet,
-    device: torch.device,
-    protect_last: bool = True,
-    parent_digest: str = "",
-    advance: Advance = lambda: None,
-) -> PrunePlan:
-    """Drop the `blocks` blocks whose spans leave the least error. The plan keeps every span's error."""
-    pairs = block_pairs(checkpoint.spec)
-    dropped_blocks(equal_errors(len(pairs)), len(pairs), blocks, protect_last)
-    errors = span_errors(checkpoint, calibration.windows, device, checkpoint.dtype, advance=advance)
-    gone = dropped_blocks(errors, len(pairs), blocks, protect_last)
-    settings = {
-        "blocks": blocks,
-        "score": "after-repair",
-        "protect_last": protect_last,
-        "calibration": calibration.description,
-        **evidence(errors),
-    }
-    return PrunePlan("shortgpt", parent_digest, tuple(Drop(i) for b in gone for i in pairs[b]), settings)
 
 
 def evidence(errors: Errors) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 The dense model is the teacher of the walk, the model quantised so far its student. In a sub-layer the input projection
 (qkv_proj, gate_up_proj) comes first, then, on the inner activations that it now leads to, the output projection
-(o_proj, down_proj). That one may first be solved anew as a repair does (`pruning.repair`), so that the student's hidden
-state meets the dense model's again, and what is rounded is the solution: the errors of the layers before are mended,
-not carried on.
+(o_proj, down_proj). That one may first be solved anew as a repair does (`fitting.projection`), so that the student's
+hidden state meets the dense model's again, and what is rounded is the solution: the errors of the layers before are
+mended, not carried on.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting import linalg
 from depthprune_runtime.fitting import projection as repair
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.fitting.walk import Visit
 from depthprune_runtime.model.decoder import SublayerLoader
 from depthprune_runtime.model.linear import Weight
 from depthprune_runtime.model.sublayers import Attention, Sublayer
-from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.quantization.gptq import DAMPING, gptq
 from depthprune_runtime.quantization.view import QuantizedCheckpoint
 from depthprune_runtime.weights.quantized import QuantSpec

@@ -12,16 +12,16 @@ from torch import Tensor
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.checkpoint.outputs import as_path, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
+from depthprune_runtime.checkpoint.writing import write
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import CalibrationSet
 from depthprune_runtime.fitting.calibrator import Calibrator
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.fitting.walk import Walk
 from depthprune_runtime.host.devices import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.options import RepairOptions
-from depthprune_runtime.pruning.prune import write
 from depthprune_runtime.quantization.calibrated import Calibrated
-from depthprune_runtime.quantization.names import DEFAULT_GROUPS, HEAD_BITS, QUANT_METHODS, QuantMethod
+from depthprune_runtime.quantization.options import Bits, GroupSize, HeadBits, QuantizeOptions, QuantMethod
 from depthprune_runtime.quantization.rtn import rtn
 from depthprune_runtime.quantization.view import QuantizedCheckpoint
 from depthprune_runtime.spec import DecoderSpec
@@ -67,24 +67,16 @@ def requested(parent: Checkpoint, quant: QuantSpec, head_bits: int) -> dict[str,
     return wanted
 
 
-def _chosen_method(method: QuantMethod, bits: int) -> QuantMethod:
-    if method not in QUANT_METHODS:
-        raise InputError(f"method: expected one of {', '.join(QUANT_METHODS)}, got {method!r}")
-    if method == "auto":
-        return "gptq" if bits == 4 else "rtn"
-    return method
-
-
 def quantize(
     model: str | Path,
     output: str | Path,
-    bits: int = 8,
+    bits: Bits = 8,
     *,
-    group_size: int | None = None,
+    group_size: GroupSize | None = None,
     symmetric: bool = True,
     method: QuantMethod = "auto",
     mend: bool = True,
-    lm_head_bits: int = 8,
+    lm_head_bits: HeadBits = 8,
     calibration: str = "builtin",
     samples: int | None = None,
     seq_len: int | None = None,
@@ -125,10 +117,9 @@ def quantize(
     progress = progress or Progress()
     path = as_path(output, "output")
     max_shard_size = parse_size(max_shard_size)
-    quant = QuantSpec(bits, DEFAULT_GROUPS.get(bits, 32) if group_size is None else group_size, symmetric)
-    if lm_head_bits not in HEAD_BITS:
-        raise InputError(f"lm_head_bits: expected one of {', '.join(map(str, HEAD_BITS))}, got {lm_head_bits!r}")
-    chosen = _chosen_method(method, bits)
+    options = QuantizeOptions(bits, group_size, symmetric, method, mend, lm_head_bits)
+    size, chosen = options.resolved()
+    quant = QuantSpec(bits, size, symmetric)
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
     wanted = requested(parent, quant, lm_head_bits)

@@ -12,7 +12,7 @@ import tune
 
 from depthprune_runtime import prune
 from depthprune_runtime.checkpoint import open_checkpoint
-from depthprune_runtime.pruning.options import RepairOptions
+from depthprune_runtime.fitting.options import RepairOptions
 
 
 @pytest.mark.parametrize("method", ["finercut", "flattengpt"])

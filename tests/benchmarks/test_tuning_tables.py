@@ -1,4 +1,4 @@
-"""What options.py says of its defaults, against the rows that it names."""
+"""What finercut/method.py says of the repair's strength, against the rows that it names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from report.rows import RESULTS
 from report.tuning_tables import strength_table, strengths
 
-from depthprune_runtime.pruning.options import STRENGTHS
+from depthprune_runtime.pruning.finercut.method import FinerCut
 
 
 def test_the_strength_after_finercut_is_the_least_that_keeps_the_perplexity():
@@ -16,7 +16,7 @@ def test_the_strength_after_finercut_is_the_least_that_keeps_the_perplexity():
     assert {blocks for _, blocks in found} == {6, 9}
     for values in found.values():
         kept = [value for value, (perplexity, _) in values.items() if perplexity <= values[1.0][0]]
-        assert min(kept) == STRENGTHS["finercut"] > min(values)  # a lesser one was tried, and is worse
+        assert min(kept) == FinerCut.repair_strength > min(values)  # a lesser one was tried, and is worse
 
 
 def test_the_table_says_what_the_rows_say():

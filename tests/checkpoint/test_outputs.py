@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from depthprune_runtime import InputError, import_model, prune, quantize
+from depthprune_runtime import FinerCutOptions, InputError, import_model, prune, quantize
 from depthprune_runtime.checkpoint import open_checkpoint, write_native
 from depthprune_runtime.checkpoint.container import atomic_file
 from depthprune_runtime.checkpoint.outputs import check_destination
@@ -151,7 +151,7 @@ def test_the_state_of_a_search_has_a_file_of_its_own(pico_file, tmp_path):
     before = contents(tmp_path)
     for state in (copy, tmp_path / "out", tmp_path / "OUT", text):
         with pytest.raises(InputError, match="which this job reads"):
-            prune(copy, tmp_path / "out", **options, state_file=str(state))
+            prune(copy, tmp_path / "out", **options, options=FinerCutOptions(state_file=str(state)))
     with pytest.raises(InputError, match="which this job reads"):
         prune(copy, text, **options, overwrite=True)
     assert contents(tmp_path) == before

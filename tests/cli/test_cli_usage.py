@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from depthprune_runtime import InputError, prune
+from depthprune_runtime import InputError, RepairOptions, prune
 from depthprune_runtime.cli import main
 from depthprune_runtime.cli.common import print_json, show
 from depthprune_runtime.cli.interrupt import Written
-from depthprune_runtime.pruning.options import RepairOptions
+from depthprune_runtime.pruning.method import all_methods
 
 SMALL = ["--samples", "4", "--seq-len", "32", "-q"]
 
@@ -35,8 +35,10 @@ def one_line(capsys, *args, status=1) -> str:
 
 @pytest.fixture
 def nothing_is_scored(monkeypatch):
-    for name in ("_decide", "_rebuild", "write"):
+    for name in ("_rebuild", "write"):
         monkeypatch.setattr(f"depthprune_runtime.pruning.prune.{name}", None)
+    for method in all_methods():
+        monkeypatch.setattr(type(method), "decide", None)
 
 
 def test_an_unknown_option_is_named_before_what_it_leaves_out(pico_file, tmp_path, capsys):
@@ -120,9 +122,13 @@ def test_a_calibration_that_is_no_name(pico_file, tmp_path, text):
 def test_options_that_mean_nothing_for_mamba_are_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     command = ["prune", tmp_path, "-o", tmp_path / "out", "--blocks", 1]
-    assert "take no option distance" in one_line(capsys, *command, "--distance", "kl")
-    assert "take no option repair-lam" in one_line(capsys, *command, "--repair-lam", 1)
-    assert "take no option force" in one_line(capsys, *command, "--force")
+    assert "shortgpt: unknown options ['distance']" in one_line(capsys, *command, "--distance", "kl")
+    assert "only be pruned by shortgpt, got finercut" in one_line(capsys, *command, "--method", "finercut")
+    for repair in (["--repair-lam", 1], ["--repair", "ridge"]):
+        assert "take no option repair:" in one_line(capsys, *command, *repair)
+    assert "take no option overwrite (--force)" in one_line(capsys, *command, "--force")
+    assert "take no option max_shard_size" in one_line(capsys, *command, "--max-shard-size", "1GB")
+    assert "not made of attention and FFN" in one_line(capsys, *command[:-2], "--sublayers", 1)
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert "config.json" in one_line(capsys, *command)
 

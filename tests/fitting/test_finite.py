@@ -7,6 +7,7 @@ import math
 import pico
 import pytest
 import torch
+from flat_options import arguments
 
 from depthprune_runtime import InputError, Runtime, perplexity, prune, quantize
 from depthprune_runtime.cli import main
@@ -54,7 +55,7 @@ def test_damaged_weights_are_named(nan_model, tmp_path, options, repair):
     if repair == "none" and options.get("score") == "reverse":
         pytest.skip("computes nothing")
     settings = {name: value for name, value in options.items() if repair == "ridge" or name != "selection"}
-    message = refused(lambda: prune(nan_model, tmp_path / "out", **settings, repair=repair, **SMALL))
+    message = refused(lambda: prune(nan_model, tmp_path / "out", **arguments(settings), repair=repair, **SMALL))
     if options["method"] == "finercut":
         assert "logits are not finite" in message
     else:
@@ -68,12 +69,14 @@ def test_an_overflow_is_no_damage(large_model, tmp_path, options, repair):
     if repair == "none" and options.get("score") == "reverse":
         pytest.skip("computes nothing")
     settings = {name: value for name, value in options.items() if repair == "ridge" or name != "selection"}
-    message = refused(lambda: prune(large_model, tmp_path / "out", **settings, repair=repair, **SMALL))
+    message = refused(lambda: prune(large_model, tmp_path / "out", **arguments(settings), repair=repair, **SMALL))
     assert "bf16 or fp32" in message
     if options["method"] != "finercut":
         assert "the ffn of block 1" in message
         assert "damaged" not in message
-    assert prune(large_model, tmp_path / "out", **settings, repair=repair, dtype="bf16", **SMALL).path.is_file()
+    assert prune(
+        large_model, tmp_path / "out", **arguments(settings), repair=repair, dtype="bf16", **SMALL
+    ).path.is_file()
 
 
 def test_quantize_names_them_too(nan_model, large_model, tmp_path):

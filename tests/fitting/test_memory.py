@@ -8,6 +8,7 @@ from pathlib import Path
 import pico
 import pytest
 import torch
+from flat_options import arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,13 +61,13 @@ def test_pruned_through_files_it_is_the_same_model(pico_file, tmp_path, scratch,
     text = tmp_path / "text"
     text.write_text("".join(f"the fox {n} jumps over {n * n} dogs; " for n in range(300)))
     options = {"blocks": 2, "samples": 6, "seq_len": 24, "device": "cpu", "calibration": str(text), **METHODS[case]}
-    streamed = prune(pico_file, tmp_path / "streamed", **options)
+    streamed = prune(pico_file, tmp_path / "streamed", **arguments(options))
     sizes = {t.numel() for t in scratch}
     assert {6 * 24 * 72, 80 * 80} <= sizes  # hidden states, Gram matrix of an FFN
     assert all(mapped(t) for t in scratch)
     monkeypatch.setattr(states, "MEMORY_LIMIT", 1 << 30)
     count = len(scratch)
-    in_memory = prune(pico_file, tmp_path / "memory", **options)
+    in_memory = prune(pico_file, tmp_path / "memory", **arguments(options))
     assert len(scratch) == count
     assert streamed.plan == in_memory.plan
     one, other = open_checkpoint(tmp_path / "streamed"), open_checkpoint(tmp_path / "memory")

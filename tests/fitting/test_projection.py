@@ -14,7 +14,7 @@ from depthprune_runtime.fitting.projection import Moments, accumulate, solve
 from depthprune_runtime.fitting.states import TokenStates, scratch_tensor
 from depthprune_runtime.fitting.walk import Walk, segments
 from depthprune_runtime.pruning.flattengpt import units as narrowing
-from depthprune_runtime.pruning.options import FlattenGPTOptions
+from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
 from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint, layout
 from depthprune_runtime.spec import AttentionSpec, FFNSpec

@@ -167,7 +167,7 @@ def build(folder: Path) -> list[Original]:
     import pico
     import torch
 
-    from depthprune_runtime import import_model, prune, quantize
+    from depthprune_runtime import FinerCutOptions, import_model, prune, quantize
 
     torch.set_num_threads(1)
     text = folder / "calibration.txt"
@@ -206,8 +206,8 @@ def build(folder: Path) -> list[Original]:
     native("quantized", "int4", lambda p: quantize(source, p, 4, symmetric=False, method="rtn"))
     for name in ("exact", "fast"):
         state = folder / f"{name}.json"
-        options = {"repair": "none", "state_file": str(state), "fast": name == "fast", **few}
-        prune(source, folder / f"{name}.safetensors", "finercut", sublayers=1, **options)
+        options = FinerCutOptions(state_file=str(state), fast=name == "fast")
+        prune(source, folder / f"{name}.safetensors", sublayers=1, options=options, repair="none", **few)
         made = {"state.json": state.read_bytes()}
         add("state", name, made, "state.json", **{"model.safetensors": dense["model.safetensors"]})
     _byte_fallback(source)

@@ -130,18 +130,16 @@ def use_model(path: Path, folder: Path, extra: str = "", chats: bool = True) -> 
 
 def use_state(path: Path, folder: Path, fast: bool) -> Observation:
     """Go on with a search from the state at `path`."""
-    from depthprune_runtime import InputError, prune
+    from depthprune_runtime import FinerCutOptions, InputError, prune
 
     seen = Observation()
     try:
         result = prune(
             folder / "model.safetensors",
             folder / "made.safetensors",
-            "finercut",
             sublayers=2,
+            options=FinerCutOptions(state_file=str(path), fast=fast),
             repair="none",
-            state_file=str(path),
-            fast=fast,
             calibration=str(folder / "calibration.txt"),
             samples=2,
             seq_len=16,
@@ -160,7 +158,7 @@ def use_state(path: Path, folder: Path, fast: bool) -> Observation:
 
 
 def use_other(path: Path, folder: Path) -> Observation:
-    """Prune a folder of a recurrent decoder, by the command line's own function."""
+    """Prune a folder of a recurrent decoder, by the function below `prune`."""
     import torch
 
     from depthprune_runtime import InputError

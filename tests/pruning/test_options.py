@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from depthprune_runtime import InputError
-from depthprune_runtime.pruning import prune
+from depthprune_runtime import FinerCutOptions, FlattenGPTOptions, InputError, RepairOptions, ShortGPTOptions, prune
+from depthprune_runtime.fitting.options import REPAIR_WINDOWS
 from depthprune_runtime.pruning import spans as after_repair
-from depthprune_runtime.pruning.options import (
-    REPAIR_WINDOWS,
-    FinerCutOptions,
-    FlattenGPTOptions,
-    RepairOptions,
-    ShortGPTOptions,
-)
+from depthprune_runtime.pruning.method import METHODS, all_methods, load_method
 
 
 def test_defaults_of_the_methods():
@@ -57,13 +51,18 @@ def test_windows_are_counted_in_integers(name, value):
 
 @pytest.mark.parametrize(("method", "strength"), [("shortgpt", 1.0), ("finercut", 0.6), ("flattengpt", 1.0)])
 def test_strength_of_the_repair(method, strength):
-    assert RepairOptions().suited(method).strength == strength
-    assert RepairOptions(strength=0.3).suited(method).strength == 0.3
+    suits = load_method(method).repair_strength
+    assert RepairOptions().suited(suits).strength == strength
+    assert RepairOptions(strength=0.3).suited(suits).strength == 0.3
 
 
 def test_windows_that_decide():
-    assert prune._SCORING_WINDOWS == {"shortgpt": (128, 256), "finercut": (10, 256), "flattengpt": (64, 512)}
-    assert prune._AFTER_REPAIR_WINDOWS == (64, 256)
+    def windows(repairs):
+        return {m.name: m.windows(m.resolved(m.options(), repairs)) for m in all_methods()}
+
+    assert tuple(METHODS) == tuple(windows(False))
+    assert windows(False) == {"shortgpt": (128, 256), "finercut": (10, 256), "flattengpt": (64, 512)}
+    assert windows(True) == {"shortgpt": (64, 256), "finercut": (10, 256), "flattengpt": (64, 256)}
     assert (after_repair.MAX_SPAN, after_repair._LAM, after_repair._DIRECTIONS) == (6, 0.1, 128)
 
 
@@ -72,7 +71,7 @@ def test_windows_that_decide():
     [
         ("shortgpt", {"repair": "none"}, 128, 256),
         ("finercut", {"repair": "none"}, 10, 256),
-        ("flattengpt", {"repair": "none", "keep_width": 1.0}, 64, 256),
+        ("flattengpt", {"repair": "none", "options": FlattenGPTOptions(keep_width=1.0)}, 64, 256),
         ("shortgpt", {"repair": RepairOptions(samples=4, seq_len=32)}, 64, 256),
     ],
 )
@@ -81,6 +80,6 @@ def test_the_plan_says_how_many_windows_decided(pico_file, tmp_path, method, opt
     amount = {"sublayers": 1} if method == "finercut" else {"blocks": 1}
     text = tmp_path / "text"
     text.write_text(" ".join(f"the quick brown fox jumps over {n}" for n in range(9000)))
-    made = prune.prune(pico_file, tmp_path / "p", method, **amount, **options, calibration=str(text)).plan
+    made = prune(pico_file, tmp_path / "p", method, **amount, **options, calibration=str(text)).plan
     described = made.settings["calibration"]
     assert (described["samples"], described["seq_len"]) == (samples, seq_len)

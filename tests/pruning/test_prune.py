@@ -7,10 +7,11 @@ import shutil
 import pico
 import pytest
 import torch
+from flat_options import arguments
 
-from depthprune_runtime import InputError, Runtime, prune
+from depthprune_runtime import FinerCutOptions, InputError, Runtime, prune
 from depthprune_runtime.checkpoint import open_checkpoint
-from depthprune_runtime.pruning.shortgpt import score_blocks
+from depthprune_runtime.pruning.shortgpt.ranking import score_blocks
 from depthprune_runtime.text.tokenizer import Tokenizer
 from depthprune_runtime.texts import load_text, rows_joined
 
@@ -56,8 +57,10 @@ def test_a_pruned_model_is_not_pruned_again(pico_file, tmp_path):
         ({}, "exactly one of blocks, sublayers and sparsity, got none"),
         ({"blocks": 1, "sparsity": 0.1}, "exactly one"),
         ({"sublayers": 2}, "only finercut"),
-        ({"blocks": 1, "distance": "kl"}, "method shortgpt: unknown options"),
-        ({"blocks": 1, "repair": "glue"}, "repair: expected one of ridge, none"),
+        ({"blocks": 1, "method": "shortgpt", "options": FinerCutOptions()}, "options: expected ShortGPTOptions for"),
+        ({"blocks": 1, "options": {"fast": True}}, "options: expected one of ShortGPTOptions, .*, got dict"),
+        ({"blocks": 1, "method": "finercut", "score": "reverse"}, "method finercut: unknown options \\['score'\\]"),
+        ({"blocks": 1, "repair": "glue"}, "repair: expected one of auto, ridge, none"),
         ({"sparsity": 0.1, "method": "flattengpt", "keep_width": 1.0}, "stay wide"),
         ({"blocks": 1, "method": "flattengpt", "keep_width": 2}, "keep_width: expected a number from 0.0 to 1.0"),
         ({"blocks": 3, "method": "flattengpt", "pairs_only": True}, "3 of 6 cannot merge \\(pairs"),
@@ -88,9 +91,8 @@ def test_a_pruned_model_is_not_pruned_again(pico_file, tmp_path):
     ],
 )
 def test_impossible_requests_write_nothing(pico_llama, tmp_path, options, message):
-    options = SMALL | options
     with pytest.raises(InputError, match=message):
-        prune(pico_llama[1], tmp_path / "p.safetensors", options.pop("method", "shortgpt"), **options)
+        prune(pico_llama[1], tmp_path / "p.safetensors", **arguments(SMALL | options))
     assert list(tmp_path.iterdir()) == []
 
 

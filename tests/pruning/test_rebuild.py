@@ -11,14 +11,14 @@ import pico
 import pytest
 import torch
 
-from depthprune_runtime import Runtime, prune
+from depthprune_runtime import FlattenGPTOptions, Runtime, prune
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting import states
 from depthprune_runtime.fitting.calibration import stream_hidden_states
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import SublayerLoader
-from depthprune_runtime.pruning.options import FlattenGPTOptions, RepairOptions
 from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
@@ -53,7 +53,7 @@ def error(pico_runtime, checkpoint):
 def test_keeping_all_units_without_repair_changes_nothing(pico_file, edits):
     plan = PrunePlan("test", "", edits)
     units = {2 * 2: 6, 2 * 2 + 1: 160} if edits else {}
-    narrowing = Narrowing(units, FlattenGPTOptions(leverage_lam=1e-6))
+    narrowing = Narrowing(units, leverage_lam=1e-6)
     checkpoint, _ = rebuilt(pico_file, edits, narrowing)
     wide = Runtime(PrunedCheckpoint(open_checkpoint(pico_file), plan), CPU, torch.float32).logits(FRESH)
     ours = Runtime(checkpoint, CPU, torch.float32).logits(FRESH)
@@ -100,7 +100,7 @@ def test_a_repair_of_what_was_edited_touches_what_answers_for_it(pico_file, pico
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize(
     ("edits", "narrowing"),
-    [((Drop(4), Drop(5)), None), ((Flatten((1, 2)),), Narrowing({2: 3, 3: 80}, FlattenGPTOptions()))],
+    [((Drop(4), Drop(5)), None), ((Flatten((1, 2)),), Narrowing({2: 3, 3: 80}))],
     ids=["dropped", "narrowed"],
 )
 def test_strength_lies_between_the_pruned_and_the_repaired_weights(pico_file, edits, narrowing, strength):
@@ -124,7 +124,7 @@ def test_a_strength_that_is_no_share_is_refused(strength):
 
 @pytest.mark.parametrize("repair", [None, RepairOptions()])
 def test_narrowing_keeps_the_original_width(pico_file, repair):
-    narrowing = Narrowing({2: 3, 3: 80}, FlattenGPTOptions())
+    narrowing = Narrowing({2: 3, 3: 80})
     checkpoint, plan = rebuilt(pico_file, (Flatten((1, 2)),), narrowing, repair)
     assert checkpoint.spec.uniform() is not None
     assert len(checkpoint.spec.sublayers) == 10
@@ -141,7 +141,7 @@ def test_compensation_helps(pico_file, options):
     entering, leaving = next((before.clone(), after.clone()) for i, before, after in stream if i == 3)
     errors = {}
     for compensate in (False, True):
-        narrowing = Narrowing({3: 80}, FlattenGPTOptions(compensate=compensate, **options))
+        narrowing = Narrowing({3: 80}, compensate=compensate, **options)
         narrowed, _ = rebuilt(pico_file, (Flatten((1, 2)),), narrowing)
         sublayer = SublayerLoader(narrowed.spec, narrowed.tensor, CPU, torch.float32).sublayer(3)
         flat = entering.flatten(0, 1)
@@ -167,7 +167,7 @@ def test_flattengpt_on_every_family(family, tmp_path):
     folder = pico.save(model, tmp_path / "model")
     for keep_width, groups in ((0.0, 3), (0.4, 4), (1.0, 6)):
         path = tmp_path / f"p{keep_width}"
-        result = prune(folder, path, "flattengpt", blocks=1, keep_width=keep_width, **SMALL)
+        result = prune(folder, path, blocks=1, options=FlattenGPTOptions(keep_width=keep_width), **SMALL)
         merged = next(s for s in result.spec.attention_sublayers() if len(s.origin) == 2)
         assert merged.num_kv_heads == groups
         assert str(Runtime.load(path).generate("the quick", max_new_tokens=4, ignore_eos=True)) != ""

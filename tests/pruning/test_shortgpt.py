@@ -14,7 +14,7 @@ from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.fitting.calibration import CalibrationSet, sample_windows
 from depthprune_runtime.pruning.amount import blocks_for_sparsity
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
-from depthprune_runtime.pruning.shortgpt import plan_shortgpt, removal_order, score_blocks
+from depthprune_runtime.pruning.shortgpt.ranking import plan_shortgpt, removal_order, score_blocks
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 
 CPU = torch.device("cpu")

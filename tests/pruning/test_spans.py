@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthprune_runtime import InputError, prune
+from depthprune_runtime import InputError, ShortGPTOptions, prune
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.pruning import spans as after_repair
 from depthprune_runtime.pruning.spans import choose_spans, span_errors
@@ -130,7 +130,7 @@ def test_the_choice_is_the_best_of_all(blocks, seed, protect, max_span, data):
 
 def test_it_prunes(pico_file, tmp_path):
     small = {"samples": 6, "seq_len": 40}
-    result = prune(pico_file, tmp_path / "p", "shortgpt", blocks=2, score="after-repair", **small)
+    result = prune(pico_file, tmp_path / "p", blocks=2, options=ShortGPTOptions("after-repair"), **small)
     settings = result.plan.settings
     errors = {(first, n): error for first, n, error in settings["span_errors"]}
     chosen = [b for first, n in choose_spans(errors, 6, 2, True) for b in range(first, first + n)]
@@ -139,4 +139,4 @@ def test_it_prunes(pico_file, tmp_path):
     best = min(c for d in itertools.combinations(range(5), 2) if (c := cost(errors, d)) is not None)
     assert cost(errors, chosen) == pytest.approx(best)
     with pytest.raises(InputError, match="blocks: expected 0 to 5"):
-        prune(pico_file, tmp_path / "q", "shortgpt", blocks=6, score="after-repair", **small)
+        prune(pico_file, tmp_path / "q", blocks=6, options=ShortGPTOptions("after-repair"), **small)

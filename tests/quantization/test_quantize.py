@@ -3,6 +3,8 @@ line."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 
 import pico
@@ -15,11 +17,12 @@ from depthprune_runtime.cli import main
 from depthprune_runtime.fitting import states
 from depthprune_runtime.fitting.calibration import CalibrationSet
 from depthprune_runtime.fitting.calibrator import Calibrator
+from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder, SublayerLoader
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.options import RepairOptions
 from depthprune_runtime.quantization.gptq import gptq
+from depthprune_runtime.quantization.options import QuantizeOptions
 from depthprune_runtime.quantization.quantize import quantized_view, requested
 from depthprune_runtime.weights.quantized import QuantSpec
 
@@ -237,3 +240,10 @@ def test_impossible_options_are_refused(pico_file, tmp_path, options):
     with pytest.raises(InputError, match="expected"):
         quantize(pico_file, tmp_path / "q", **options)
     assert not (tmp_path / "q").exists()
+
+
+def test_the_defaults_have_one_home():
+    """The keywords of `quantize` are the fields of its options."""
+    keywords = inspect.signature(quantize).parameters
+    fields = dataclasses.fields(QuantizeOptions)
+    assert {f.name: f.default for f in fields} == {f.name: keywords[f.name].default for f in fields}

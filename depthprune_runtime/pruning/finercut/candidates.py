@@ -18,7 +18,7 @@ from depthprune_runtime.fitting.states import TokenStates
 from depthprune_runtime.fitting.stream import Stream
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.pruning.finercut.distances import OutputDistance
-from depthprune_runtime.pruning.names import Distance
+from depthprune_runtime.pruning.finercut.options import Distance
 
 _BATCH_TOKENS = 4096  # tokens in one call of a sub-layer: enough for GEMM speed, small in activations
 _SWEEP_BYTES = 1 << 30  # hidden states of candidates that advance together

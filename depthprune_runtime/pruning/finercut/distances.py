@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, log_softmax, softplus
 
 from depthprune_runtime import ops
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.names import DISTANCES, Distance
+from depthprune_runtime.pruning.finercut.options import DISTANCES, Distance
 
 Head = Callable[[Tensor], Tensor]  # [R, C] -> [R, V], logits of final hidden states
 

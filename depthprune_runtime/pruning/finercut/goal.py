@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.names import KINDS, Kind
-from depthprune_runtime.pruning.shortgpt import block_pairs
+from depthprune_runtime.pruning.amount import Amount, block_pairs, blocks_for_sparsity
+from depthprune_runtime.pruning.finercut.options import KINDS, Kind
 from depthprune_runtime.spec import DecoderSpec
 
 
@@ -53,6 +53,18 @@ class Goal:
                 f"{most:.3f} (embeddings count and stay)"
             )
         return steps
+
+
+def goal_of(amount: Amount, spec: DecoderSpec) -> Goal:
+    """N blocks fewer means the parameters of N blocks."""
+    if amount.sublayers is not None:
+        return Goal(count=amount.sublayers)
+    if amount.sparsity is not None:
+        blocks_for_sparsity(spec, amount.sparsity, len(block_pairs(spec)) - 1)
+        return Goal(sparsity=amount.sparsity)
+    attention, ffn = block_pairs(spec)[0]
+    one = spec.sublayer_parameters(attention) + spec.sublayer_parameters(ffn)
+    return Goal(sparsity=amount.block_count(spec) * one / spec.num_parameters())
 
 
 def check_choice(front_protection: float, only: Kind | None) -> None:

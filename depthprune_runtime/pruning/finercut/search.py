@@ -32,14 +32,14 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import CalibrationSet
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.progress import Progress
+from depthprune_runtime.pruning.amount import block_pairs
 from depthprune_runtime.pruning.finercut.candidates import CandidateScorer
 from depthprune_runtime.pruning.finercut.distances import check_distance
 from depthprune_runtime.pruning.finercut.goal import Goal, candidates, removable_sublayers
 from depthprune_runtime.pruning.finercut.lazy_scores import lazy_scores
+from depthprune_runtime.pruning.finercut.options import Distance, Kind
 from depthprune_runtime.pruning.finercut.state import SearchKey, SearchState, Step, load_state
-from depthprune_runtime.pruning.names import Distance, Kind
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
-from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.spec import DecoderSpec
 
 Mode = Literal["exact", "fast"]

@@ -19,7 +19,7 @@ from depthprune_runtime.checkpoint.outputs import check_destination
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.fields import checked, from_fields
 from depthprune_runtime.plan import Step
-from depthprune_runtime.pruning.names import Kind
+from depthprune_runtime.pruning.finercut.options import Kind
 from depthprune_runtime.spec import DecoderSpec
 
 __all__ = ["SearchKey", "SearchState", "Step", "load_state"]

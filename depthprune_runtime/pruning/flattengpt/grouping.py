@@ -20,9 +20,9 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import CalibrationSet, stream_hidden_states
 from depthprune_runtime.fitting.states import scratch_tensor
 from depthprune_runtime.progress import Advance
-from depthprune_runtime.pruning.options import FlattenGPTOptions
+from depthprune_runtime.pruning.amount import block_pairs
+from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
 from depthprune_runtime.pruning.plan import Flatten, PrunePlan
-from depthprune_runtime.pruning.shortgpt import block_pairs
 from depthprune_runtime.pruning.spans import MAX_SPAN, Errors, choose_spans, equal_errors, evidence, span_errors
 
 _TOKENS_AT_ONCE = 8192  # all blocks' states of these are kept side by side; more take further passes
@@ -89,7 +89,7 @@ def group_blocks(similarity: Tensor, merges: int, pairs_only: bool = False) -> l
 def groups_after_repair(errors: Errors, blocks: int, merges: int, pairs_only: bool = False) -> list[tuple[int, ...]]:
     """Groups of neighbouring blocks whose merging a repair mends best, all of them in order, single ones included.
 
-    A span of `after_repair.Errors` joins the block before it, whose FFN can answer for it; that all units of the
+    A span of `spans.Errors` joins the block before it, whose FFN can answer for it; that all units of the
     group compete for the width that stays can only lessen the error. The last block stays as it is.
     """
     allowed = {span: e for span, e in errors.items() if span[1] == 1 or not pairs_only}
@@ -128,7 +128,7 @@ def plan_flattengpt(
     parent_digest: str = "",
     advance: Advance = lambda: None,
 ) -> PrunePlan:
-    """Merge blocks until `merges` fewer are left. options: with every `auto` decided, see `options.resolved`."""
+    """Merge blocks until `merges` fewer are left. options: with every `auto` decided, see `FlattenGPT.resolved`."""
     blocks = len(block_pairs(checkpoint.spec))
     found: dict[str, Any]
     if options.grouping == "after-repair":

@@ -16,11 +16,32 @@ Source: arXiv 2602.08858; the reductions over groups are ours (methods that the 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from depthprune_runtime.fitting import linalg
-from depthprune_runtime.spec import AttentionSpec, FFNSpec, SublayerSpec
+from depthprune_runtime.plan import PrunePlan
+from depthprune_runtime.pruning.amount import block_pairs
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, SublayerSpec
+
+
+def kept_units(parent: DecoderSpec, plan: PrunePlan, keep_width: float) -> dict[int, int]:
+    """Units that each merged sub-layer keeps, by its first source."""
+    units = {}
+    blocks = block_pairs(parent)
+    for edit in plan.flattened():
+        for index in blocks[edit.blocks[0]]:
+            spec = parent.sublayers[index]
+            own = spec.num_kv_heads if isinstance(spec, AttentionSpec) else spec.intermediate_size
+            wide = own * len(edit.blocks)
+            kept = own + round(keep_width * (wide - own))
+            if not isinstance(spec, AttentionSpec) and own % 256 == 0:
+                kept = min(wide, 256 * math.ceil(kept / 256))  # kernels and exports like whole tiles
+            if kept < wide:
+                units[index] = kept
+    return units
 
 
 def group_importance(gram: Tensor, weight: Tensor, spec: AttentionSpec) -> Tensor:  # [W, W], [C, W] -> [K]

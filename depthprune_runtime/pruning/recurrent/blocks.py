@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.pruning.shortgpt import BlockScores, token_scores
+from depthprune_runtime.pruning.shortgpt.ranking import BlockScores, token_scores
 
 # Mamba's plain-torch scan holds several [tokens, 2C, state] float32 tensors: 0.7 GB each at this size for a 2.8B model
 _BATCH_TOKENS = 2048

@@ -19,7 +19,7 @@ from depthprune_runtime.checkpoint.dense import check_block_count
 from depthprune_runtime.checkpoint.gate import read_object, reading
 from depthprune_runtime.checkpoint.huggingface import refuse_quantized, weight_files
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.pruning.recurrent.blocks import family_of
+from depthprune_runtime.pruning.recurrent.blocks import OTHER_FAMILIES, family_of
 
 Encode = Callable[[str], list[int]]  # text -> token ids, without special tokens
 
@@ -56,6 +56,15 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def is_recurrent(model: str | Path) -> bool:
+    """Whether `model` is the folder of a Mamba or RWKV model, by its config.json."""
+    try:
+        found = read_object(Path(model) / "config.json").get("model_type")
+    except InputError:
+        return False  # whatever is wrong with it, opening it as a checkpoint says so
+    return isinstance(found, str) and found in OTHER_FAMILIES
 
 
 def read_config(folder: Path) -> Any:

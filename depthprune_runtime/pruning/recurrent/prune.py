@@ -6,7 +6,7 @@ was decided is in `depthprune_plan.json` inside the folder, in the parent's numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import CalibrationSet
 from depthprune_runtime.host.devices import resolve_device, resolve_dtype
 from depthprune_runtime.progress import Progress
-from depthprune_runtime.pruning.names import PROTECTED_SCORES, RANKINGS, Score
 from depthprune_runtime.pruning.recurrent.blocks import (
-    OTHER_FAMILIES,
     batches,
     blocks_for_sparsity,
     drop_blocks,
@@ -37,7 +35,8 @@ from depthprune_runtime.pruning.recurrent.folder import (
     read_config,
     write_folder,
 )
-from depthprune_runtime.pruning.shortgpt import BlockScores, removal_order
+from depthprune_runtime.pruning.shortgpt.options import PROTECTED_SCORES, RANKINGS, Score
+from depthprune_runtime.pruning.shortgpt.ranking import BlockScores, removal_order
 
 Calibration = Tensor | CalibrationSet | Callable[[Encode], CalibrationSet]
 
@@ -46,7 +45,8 @@ Calibration = Tensor | CalibrationSet | Callable[[Encode], CalibrationSet]
 class OtherPruneResult:
     """What `prune_other` did. Blocks are numbered as in the parent; parameters include embeddings, tied ones once.
 
-    order: all removable blocks, the first to go first; scores: None where the order needs no data.
+    order: all removable blocks, the first to go first; scores: None where the order needs no data; settings: all that
+    decided it, as JSON.
     """
 
     path: Path
@@ -57,17 +57,12 @@ class OtherPruneResult:
     order: list[int]
     scores: BlockScores | None
     dropped: list[int]
+    settings: dict[str, Any]
 
     @property
     def sparsity(self) -> float:
         """Parameters removed / parent parameters."""
         return 1.0 - self.parameters / self.parent_parameters
-
-
-def is_other_decoder(config: Mapping[str, Any]) -> bool:
-    """Whether a model with this config.json is one for `prune_other`."""
-    model_type = config.get("model_type")
-    return isinstance(model_type, str) and model_type in OTHER_FAMILIES
 
 
 def _check_request(blocks: int | None, sparsity: float | None, score: str, count: int, removable: int) -> None:
@@ -106,8 +101,7 @@ def _calibrate(folder: Path, calibration: Calibration, config: Any) -> Calibrati
     return data
 
 
-def _plan(result: OtherPruneResult, source: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    scores = result.scores
+def _plan(result: OtherPruneResult, source: Path) -> dict[str, Any]:
     return {
         "method": "shortgpt",
         "parent": source.resolve().name,
@@ -117,13 +111,7 @@ def _plan(result: OtherPruneResult, source: Path, settings: Mapping[str, Any]) -
         "parent_parameters": result.parent_parameters,
         "parameters": result.parameters,
         "sparsity": result.sparsity,
-        "settings": {
-            **settings,
-            "removal_order": result.order,
-            "scores": None
-            if scores is None
-            else {"block-influence": scores.block_influence, "relative-magnitude": scores.relative_magnitude},
-        },
+        "settings": result.settings,
     }
 
 
@@ -176,15 +164,19 @@ def prune_other(
             if data is not None:
                 model = load_model(source, wanted)  # scoring moved it, and rescales RWKV's weights in place
             drop_blocks(model, dropped)
-            result = OtherPruneResult(
-                path, config.model_type, count, before, num_parameters(model), order, scores, dropped
-            )
             settings = {
                 "blocks": number,
                 "score": score,
                 "protect_last": protect_last,
                 "calibration": None if data is None else data.description,
+                "removal_order": order,
+                "scores": None
+                if scores is None
+                else {"block-influence": scores.block_influence, "relative-magnitude": scores.relative_magnitude},
             }
-            write_folder(model, source, path, _plan(result, source, settings))
+            result = OtherPruneResult(
+                path, config.model_type, count, before, num_parameters(model), order, scores, dropped, settings
+            )
+            write_folder(model, source, path, _plan(result, source))
             advance()
     return result

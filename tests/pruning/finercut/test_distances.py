@@ -11,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 from depthprune_runtime import InputError
 from depthprune_runtime.pruning.finercut import distances
 from depthprune_runtime.pruning.finercut.distances import OutputDistance
-from depthprune_runtime.pruning.names import DISTANCES
+from depthprune_runtime.pruning.finercut.options import DISTANCES
 
 N, S, V = 3, 5, 37
 WINDOWS = torch.randint(0, V, (N, S), generator=torch.Generator().manual_seed(1))

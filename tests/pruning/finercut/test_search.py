@@ -19,8 +19,8 @@ from depthprune_runtime.pruning.finercut import search as finercut
 from depthprune_runtime.pruning.finercut.candidates import CandidateScorer
 from depthprune_runtime.pruning.finercut.distances import OutputDistance
 from depthprune_runtime.pruning.finercut.goal import Goal, candidates, removable_sublayers
+from depthprune_runtime.pruning.finercut.options import DISTANCES
 from depthprune_runtime.pruning.finercut.search import plan_finercut, search
-from depthprune_runtime.pruning.names import DISTANCES
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 

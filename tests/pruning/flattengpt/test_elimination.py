@@ -17,7 +17,10 @@ from depthprune_runtime.pruning.flattengpt import units as narrowing
 from depthprune_runtime.pruning.flattengpt.elimination import choose_after_repair
 from depthprune_runtime.pruning.flattengpt.grouping import groups_after_repair
 from depthprune_runtime.pruning.flattengpt.merging import unit_columns
-from depthprune_runtime.pruning.options import FlattenGPTOptions, ShortGPTOptions, resolved
+from depthprune_runtime.pruning.flattengpt.method import FlattenGPT
+from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
+from depthprune_runtime.pruning.shortgpt.method import ShortGPT
+from depthprune_runtime.pruning.shortgpt.options import ShortGPTOptions
 from depthprune_runtime.spec import AttentionSpec, FFNSpec
 
 LAM = 0.05
@@ -122,17 +125,18 @@ def test_pairs_only_and_impossible_groupings():
 
 
 def test_auto_follows_the_repair():
-    assert resolved(ShortGPTOptions(), True).score == "after-repair"
-    assert resolved(ShortGPTOptions(), False).score == "block-influence"
-    assert resolved(ShortGPTOptions(score="reverse"), True) == ShortGPTOptions("reverse", protect_last=False)
-    assert resolved(ShortGPTOptions(), True).protect_last is resolved(ShortGPTOptions(), False).protect_last is True
-    assert resolved(ShortGPTOptions(protect_last=False), True).protect_last is False
-    paper = resolved(FlattenGPTOptions(), False)
+    shortgpt, flattengpt = ShortGPT().resolved, FlattenGPT().resolved
+    assert shortgpt(ShortGPTOptions(), True).score == "after-repair"
+    assert shortgpt(ShortGPTOptions(), False).score == "block-influence"
+    assert shortgpt(ShortGPTOptions(score="reverse"), True) == ShortGPTOptions("reverse", protect_last=False)
+    assert shortgpt(ShortGPTOptions(), True).protect_last is shortgpt(ShortGPTOptions(), False).protect_last is True
+    assert shortgpt(ShortGPTOptions(protect_last=False), True).protect_last is False
+    paper = flattengpt(FlattenGPTOptions(), False)
     assert (paper.grouping, paper.selection) == ("similarity", "importance")
-    ours = resolved(FlattenGPTOptions(), True)
+    ours = flattengpt(FlattenGPTOptions(), True)
     assert (ours.grouping, ours.selection) == ("after-repair", "after-repair")
     with pytest.raises(InputError, match="selection: after-repair needs a repair"):
-        resolved(FlattenGPTOptions(selection="after-repair"), False)
+        flattengpt(FlattenGPTOptions(selection="after-repair"), False)
 
 
 def test_scratch_files_change_nothing(monkeypatch):

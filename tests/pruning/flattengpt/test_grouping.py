@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from specs import plain_spec
 
-from depthprune_runtime import InputError, Runtime, prune
+from depthprune_runtime import FlattenGPTOptions, InputError, Runtime, prune
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.pruning.flattengpt import grouping as flattengpt
 from depthprune_runtime.pruning.flattengpt.grouping import flatten_edits, group_blocks, input_similarity
@@ -213,7 +213,13 @@ def test_a_longer_calibration_is_used_to_its_end(pico_file):
 def test_the_plan_says_what_decided_it(pico_file, tmp_path, repair):
     """Groups follow from the recorded similarities; the windows of both passes are told."""
     made = prune(
-        pico_file, tmp_path / "p", "flattengpt", blocks=2, repair=repair, grouping="similarity", samples=6, seq_len=40
+        pico_file,
+        tmp_path / "p",
+        blocks=2,
+        options=FlattenGPTOptions(grouping="similarity"),
+        repair=repair,
+        samples=6,
+        seq_len=40,
     ).plan
     rows = made.settings["similarity"]
     similarity = torch.zeros(6, 6, dtype=torch.float64)

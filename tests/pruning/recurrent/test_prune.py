@@ -17,8 +17,8 @@ from depthprune_runtime import InputError
 from depthprune_runtime.fitting.calibration import calibration_set
 from depthprune_runtime.pruning.recurrent import blocks as other_blocks
 from depthprune_runtime.pruning.recurrent.blocks import OTHER_FAMILIES, block_parameters, drop_blocks, score_model
-from depthprune_runtime.pruning.recurrent.folder import PLAN_FILE
-from depthprune_runtime.pruning.recurrent.prune import is_other_decoder, prune_other
+from depthprune_runtime.pruning.recurrent.folder import PLAN_FILE, is_recurrent
+from depthprune_runtime.pruning.recurrent.prune import prune_other
 
 families = pytest.mark.parametrize("family", list(OTHER_FAMILIES))
 
@@ -66,9 +66,15 @@ def check_generation(model):
     assert cached.tolist() == plain.tolist()
 
 
-def test_dispatch():
-    assert all(is_other_decoder({"model_type": f}) for f in ("mamba", "mamba2", "falcon_mamba", "rwkv"))
-    assert not any(is_other_decoder(c) for c in ({}, {"model_type": "llama"}, {"model_type": ["mamba"]}))
+def test_what_is_recurrent(tmp_path):
+    def found(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return is_recurrent(tmp_path)
+
+    assert not is_recurrent(tmp_path)
+    assert all(found({"model_type": f}) for f in ("mamba", "mamba2", "falcon_mamba", "rwkv"))
+    assert not any(found(c) for c in ({}, {"model_type": "llama"}, {"model_type": ["mamba"]}, []))
+    assert not any(map(is_recurrent, ("nowhere", "a\0b", "owner/model")))
 
 
 @families

@@ -10,7 +10,8 @@ import torch
 from other_models import WINDOWS, build
 from safetensors.torch import load_file, save_file
 
-from depthprune_runtime import InputError
+from depthprune_runtime import FinerCutOptions, InputError, RepairOptions, ShortGPTOptions, prune
+from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.recurrent import folder as other_folder
 from depthprune_runtime.pruning.recurrent.prune import prune_other
 
@@ -122,3 +123,54 @@ def test_bad_models(tmp_path):
             (tmp_path / "tokenizer.json").write_text(tokenizer)
         with pytest.raises(InputError, match=message):
             prune_other(tmp_path, tmp_path / "out", calibration=lambda encode: encode("a"), blocks=1)
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+def test_prune_goes_by_the_architecture(parents, tmp_path, family):
+    result = prune(parents[family], tmp_path / "out", blocks=2, options=ShortGPTOptions("reverse"), device="cpu")
+    assert (result.spec, result.parent) == (None, None)
+    assert result.plan.dropped() == {3, 4}
+    assert result.plan.removal_order() == (4, 3, 2, 1, 0)
+    assert PrunePlan.from_json(result.plan.to_json()) == result.plan
+    stored = json.loads((tmp_path / "out" / other_folder.PLAN_FILE).read_text())
+    assert stored["dropped_blocks"] == [3, 4]
+    assert (result.parameters, result.parent_parameters) == (stored["parameters"], stored["parent_parameters"])
+    assert result.sparsity == stored["sparsity"]
+
+
+def test_prune_draws_windows_of_its_text(parents, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 60)
+    options = {"calibration": str(text), "samples": 4, "seq_len": 16, "device": "cpu"}
+    result = prune(parents["mamba"], tmp_path / "out", blocks=1, **options)
+    settings = result.plan.settings
+    assert (settings["score"], settings["protect_last"], settings["model_type"]) == ("block-influence", True, "mamba")
+    assert {name: settings["calibration"][name] for name in ("samples", "seq_len", "text")} == {
+        "samples": 4, "seq_len": 16, "text": "text"
+    }  # fmt: skip
+    influence = settings["scores"]["block-influence"]
+    assert result.plan.dropped() == {min(range(4), key=lambda block: influence[block])}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repair": "ridge"}, "take no option repair"),
+        ({"repair": RepairOptions()}, "take no option repair"),
+        ({"overwrite": True}, "take no option overwrite"),
+        ({"max_shard_size": "1GB"}, "take no option max_shard_size"),
+        ({"method": "flattengpt"}, "only be pruned by shortgpt, got flattengpt"),
+        ({"options": FinerCutOptions()}, "only be pruned by shortgpt, got finercut"),
+        ({"blocks": None, "sublayers": 2}, "not made of attention and FFN"),
+        ({"options": ShortGPTOptions("after-repair")}, "score: expected one of block-influence"),
+        ({"calibration": "/nowhere.txt"}, "no such file"),
+        ({"seed": "x", "samples": 1, "seq_len": 16}, "seed: expected an integer"),
+        ({"samples": 0}, "samples: expected an integer from 1 on"),
+        ({"sparsity": 0.5}, "exactly one"),
+        ({"method": "magic"}, "method: expected one of"),
+    ],
+)
+def test_prune_refuses_what_makes_no_sense_there(parents, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        prune(parents["mamba"], tmp_path / "out", **({"blocks": 1, "device": "cpu"} | options))
+    assert not list(tmp_path.iterdir())

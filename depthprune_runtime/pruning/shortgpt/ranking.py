@@ -21,9 +21,10 @@ from torch.nn.functional import cosine_similarity
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import CalibrationSet, stream_hidden_states
-from depthprune_runtime.pruning.names import PROTECTED_SCORES, RANKINGS, Score
+from depthprune_runtime.pruning.amount import block_pairs
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
-from depthprune_runtime.spec import DecoderSpec
+from depthprune_runtime.pruning.shortgpt.options import PROTECTED_SCORES, RANKINGS, Score
+from depthprune_runtime.pruning.spans import dropped_blocks, equal_errors, evidence, span_errors
 
 Progress = Callable[[], None]
 
@@ -34,14 +35,6 @@ class BlockScores:
 
     block_influence: list[float]
     relative_magnitude: list[float]
-
-
-def block_pairs(spec: DecoderSpec) -> tuple[tuple[int, int], ...]:
-    """(attention, FFN) indices of each block; only a model of whole blocks can lose whole blocks."""
-    blocks = spec.whole_blocks()
-    if blocks is None:
-        raise InputError("model: expected whole blocks (attention, then FFN); this one has lost single sub-layers")
-    return blocks
 
 
 def token_scores(entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:  # [..., C] twice -> [...] twice
@@ -104,7 +97,7 @@ def plan_shortgpt(
     parent_digest: str = "",
     progress: Progress = lambda: None,
 ) -> PrunePlan:
-    """Drop the `blocks` blocks with the lowest score. (`after-repair` is `after_repair.plan_after_repair`.)
+    """Drop the `blocks` blocks with the lowest score. (`after-repair` is `plan_after_repair`.)
 
     protect_last: never drop the last block; None: only with `block-influence`.
     """
@@ -132,3 +125,27 @@ def plan_shortgpt(
     }
     edits = tuple(Drop(i) for block in gone for i in pairs[block])
     return PrunePlan("shortgpt", parent_digest, edits, settings)
+
+
+def plan_after_repair(
+    checkpoint: Checkpoint,
+    blocks: int,
+    calibration: CalibrationSet,
+    device: torch.device,
+    protect_last: bool = True,
+    parent_digest: str = "",
+    advance: Progress = lambda: None,
+) -> PrunePlan:
+    """Drop the `blocks` blocks whose spans leave the least error. The plan keeps every span's error."""
+    pairs = block_pairs(checkpoint.spec)
+    dropped_blocks(equal_errors(len(pairs)), len(pairs), blocks, protect_last)
+    errors = span_errors(checkpoint, calibration.windows, device, checkpoint.dtype, advance=advance)
+    gone = dropped_blocks(errors, len(pairs), blocks, protect_last)
+    settings = {
+        "blocks": blocks,
+        "score": "after-repair",
+        "protect_last": protect_last,
+        "calibration": calibration.description,
+        **evidence(errors),
+    }
+    return PrunePlan("shortgpt", parent_digest, tuple(Drop(i) for b in gone for i in pairs[b]), settings)
