@@ -114,6 +114,7 @@ def _import(args: argparse.Namespace) -> None:
     spec = import_model(
         args.model,
         args.output,
+        adapter=args.adapter,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         overwrite=args.force,
@@ -163,6 +164,7 @@ def add_import(commands: Any, common: Parser) -> None:
     p = commands.add_parser("import", parents=[common], help="write a dense model as one self-contained file")
     p.add_argument("model", metavar="MODEL")
     p.add_argument("-o", "--output", required=True, metavar="FILE")
+    p.add_argument("--adapter", metavar="FOLDER", help="merge this LoRA adapter, as PEFT saves it, into MODEL")
     p.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: the source's)")
     add_shards(p)
     add_force(p)
