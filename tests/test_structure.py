@@ -63,7 +63,7 @@ MAY_IMPORT = {
         "host",
         "fitting",
     },
-    "healing": {"errors", "progress", "spec", "texts", "text", "checkpoint", "model", "host"},
+    "healing": {"errors", "options", "progress", "spec", "texts", "text", "checkpoint", "model", "host"},
     "inspection": {"errors", "spec", "plan", "checkpoint"},
     "engine": {"errors", "spec", "generation_config", "weights", "checkpoint", "text", "ops", "model", "host"},
     "evaluation": {"errors", "progress", "engine", "model", "texts", "host"},

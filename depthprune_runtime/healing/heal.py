@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint, write_native
+from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.checkpoint.base import TOKENIZER_FILE
 from depthprune_runtime.checkpoint.outputs import as_path, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
+from depthprune_runtime.checkpoint.writing import write
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.healing.data import Source, Windows, packed_windows, parse_source
 from depthprune_runtime.healing.options import HealOptions
@@ -253,8 +254,7 @@ def heal(
             training.run(report)
         changed = parameters.merged()
         healed = HealedCheckpoint(student, changed, {**settings, "held_out_history": training.history})
-        with progress.stage(f"write {path.name}", len(healed.entries()) + len(healed.assets)) as advance:
-            write_native(path, healed, lambda _: advance(), max_shard_size, overwrite)
+        write(healed, path, progress, max_shard_size, overwrite)
     return HealResult(path, student.spec, tuple(changed), steps, int(settings["tokens"]), tuple(training.history))
 
 

@@ -8,36 +8,22 @@ none. The other numbers are ours.
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.options import (
+    check_choice,
+    check_count,
+    check_count_or_none,
+    check_flags,
+    check_number,
+    flag,
+)
 
 Train = Literal["lora", "full"]
 Optimizer = Literal["adamw", "adafactor"]
-TRAIN: tuple[Train, ...] = get_args(Train)
-OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
-_MAX_COUNT = 1 << 40
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {printable(repr(value))}")
-
-
-def _count(name: str, value: object, least: int = 1) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and least <= value < _MAX_COUNT
-    if not good:
-        raise InputError(f"{name}: expected an integer from {least} on, got {printable(repr(value))}")
-
-
-def _number(name: str, value: object, low: float, high: float = math.inf, positive: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (positive and value == 0):  # type: ignore[operator]
-        wanted = "a number above 0" if positive else f"a number from {low} to {high}"
-        raise InputError(f"{name}: expected {wanted}, got {printable(repr(value))}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +40,7 @@ class HealOptions:
         seq_len: tokens in a window.
         warmup: share of the steps in which the learning rate rises; afterwards it falls as a cosine to 0.
         clip: largest norm of the gradient.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
         optimizer: `adamw`, or `adafactor`, which keeps two vectors for a matrix.
         top_k: logits of the teacher that are kept for a token; the others count as one.
         hidden_weight: weight of the relative squared distance of the last hidden states; 0 leaves it out.
@@ -65,45 +51,52 @@ class HealOptions:
         seed: of the windows' order and the first additions.
     """
 
-    train: Train = "lora"
-    rank: int = 8
-    alpha: float = 16.0
-    learning_rate: float = 1e-4
-    epochs: float = 2.0
-    tokens: int | None = None
-    batch: int = 8
-    micro_batch: int = 1
-    seq_len: int = 512
-    warmup: float = 0.03
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    optimizer: Optimizer = "adamw"
-    top_k: int = 64
-    hidden_weight: float = 0.0
-    held_out: int = 16
-    eval_every: int = 50
-    save_every: int = 50
-    recompute: bool = False
-    cache: bool = True
-    seed: int = 0
+    train: Train = field(
+        default="lora", metadata=flag("low-rank additions to all linear layers (default lora), or all weights")
+    )
+    rank: int = field(default=8, metadata=flag("of each addition (8)", metavar="R"))
+    alpha: float = field(default=16.0, metadata=flag("additions are scaled by alpha / rank (16)", metavar="A"))
+    learning_rate: float = field(default=1e-4, metadata=flag("the peak (1e-4)", metavar="L"))
+    epochs: float = field(default=2.0, metadata=flag("how often the data is gone through (2)", metavar="E"))
+    tokens: int | None = field(default=None, metadata=flag("train on so many tokens instead", metavar="N"))
+    batch: int = field(default=8, metadata=flag("windows in a step (8)", metavar="B"))
+    micro_batch: int = field(default=1, metadata=flag("windows that run together (1)", metavar="B"))
+    seq_len: int = field(default=512, metadata=flag("tokens in a window (512)", metavar="S"))
+    warmup: float = field(
+        default=0.03, metadata=flag("share of the steps in which the learning rate rises (0.03)", metavar="R")
+    )
+    clip: float = field(default=1.0, metadata=flag("largest norm of the gradient (1)", metavar="C"))
+    weight_decay: float = field(default=0.0, metadata=flag("of the optimizer (0)", metavar="D"))
+    optimizer: Optimizer = field(
+        default="adamw", metadata=flag("adafactor takes less memory for train full (default adamw)")
+    )
+    top_k: int = field(default=64, metadata=flag("logits of the teacher that are kept for a token (64)", metavar="K"))
+    hidden_weight: float = field(
+        default=0.0, metadata=flag("weight of the distance of the last hidden states (0)", metavar="W")
+    )
+    held_out: int = field(default=16, metadata=flag("windows that are only reported on (16)", metavar="N"))
+    eval_every: int = field(default=50, metadata=flag("steps between reports on them (50)", metavar="N"))
+    save_every: int = field(default=50, metadata=flag("steps between saves of the state (50)", metavar="N"))
+    recompute: bool = field(default=False, metadata=flag("run each sub-layer again for its gradients, to save memory"))
+    cache: bool = field(default=True, metadata=flag("keep the teacher's answers on disk (default)"))
+    seed: int = field(default=0, metadata=flag("of the windows' order and the first additions (0)", metavar="N"))
 
     def __post_init__(self) -> None:
-        _choice("train", self.train, TRAIN)
-        _choice("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("rank", "batch", "micro_batch", "top_k", "held_out", "eval_every", "save_every"):
-            _count(name, getattr(self, name))
-        _count("seq_len", self.seq_len, 2)
-        _count("seed", self.seed, 0)
-        if self.tokens is not None:
-            _count("tokens", self.tokens)
+        check_choice("train", self.train, get_args(Train))
+        check_choice("optimizer", self.optimizer, get_args(Optimizer))
+        for name in ("rank", "batch", "micro_batch", "top_k", "held_out", "eval_every", "save_every", "seq_len"):
+            check_count(name, getattr(self, name))
+        check_count_or_none("tokens", self.tokens)
+        for name in ("alpha", "learning_rate", "epochs", "clip", "warmup", "weight_decay", "hidden_weight", "seed"):
+            check_number(name, getattr(self, name), 0.0, 1.0 if name == "warmup" else 2.0**53)
         for name in ("alpha", "learning_rate", "epochs", "clip"):
-            _number(name, getattr(self, name), 0.0, positive=True)
-        _number("warmup", self.warmup, 0.0, 1.0)
-        _number("weight_decay", self.weight_decay, 0.0)
-        _number("hidden_weight", self.hidden_weight, 0.0)
-        for name in ("recompute", "cache"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}: expected True or False, got {printable(repr(getattr(self, name)))}")
+            if getattr(self, name) == 0:
+                raise InputError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int):
+            raise InputError(f"seed: expected an integer, got {printable(repr(self.seed))}")
+        if self.seq_len < 2:
+            raise InputError(f"seq_len: expected at least 2, got {self.seq_len}")
+        check_flags(self, "recompute", "cache")
         if self.batch % self.micro_batch:
             raise InputError(f"micro_batch: expected a divisor of batch {self.batch}, got {self.micro_batch}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 
@@ -11,6 +12,8 @@ import torch
 
 from depthprune_runtime import InputError, Runtime, import_model, prune
 from depthprune_runtime.checkpoint import open_checkpoint, write_native
+from depthprune_runtime.cli import main
+from depthprune_runtime.cli.interrupt import Written
 from depthprune_runtime.healing import train
 from depthprune_runtime.healing.data import Source, packed_windows
 from depthprune_runtime.healing.heal import HealedCheckpoint, first_trained, heal
@@ -241,3 +244,27 @@ def test_what_is_not_changed_is_read_from_the_parent(pruned):
     assert view.tensor("embed_tokens.weight").equal(parent.tensor("embed_tokens.weight"))
     assert view.stored_checksum("norm.weight") is None
     assert json.loads(json.dumps(view.provenance))["healing"] == [{"steps": 1}]
+
+
+def test_the_command_line(pruned, pico_file, text, tmp_path, capsys):
+    words = ["heal", str(pruned), "--teacher", str(pico_file), "-o", str(tmp_path / "h"), "--data", text]
+    flags = ["--tokens", "256", "--batch", "4", "--seq-len", "32", "--held-out", "4", "--rank", "2", "-q"]
+    assert main([*words, *flags, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["steps"], said["tokens"], said["output"]) == (2, 256, str(tmp_path / "h"))
+    assert open_checkpoint(tmp_path / "h").provenance["healing"][0]["rank"] == 2
+    assert main([*words, *flags]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert main([*words, *flags, "--force"]) == 0
+    assert "2 steps on 256 tokens changed 8 tensors; held out: loss" in capsys.readouterr().out
+
+
+def test_an_interrupt_says_what_goes_on(tmp_path):
+    args = argparse.Namespace(output=str(tmp_path / "h"), work=None)
+    written = Written(args)
+    assert written.report() == "nothing was written"
+    (tmp_path / "h.heal").mkdir()
+    (tmp_path / "h.heal" / "state.pt").write_bytes(b"state")
+    said = written.report()
+    assert f"no model was written; the training so far is in {tmp_path / 'h.heal' / 'state.pt'}, and" in said
+    assert "the same command with --resume goes on from there" in said
