@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 _ROWS = 128  # of logits at a time: [128, 49152] float32 is 25 MB
+_CPU_ROWS = 16  # on a CPU, float32 copies of so few stay in its caches
 _LEAST = 1e-12  # of a mass that is divided by
 
 
@@ -28,18 +29,24 @@ def kept_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [R, V] ->
     return found.indices, found.values - wide.logsumexp(-1, keepdim=True)
 
 
-def _divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """(L of every row [R], its gradient [R, V] in the memory of `logits`), all float32."""
-    shares = logits.sub_(logits.logsumexp(-1, keepdim=True))  # log q
-    kept = shares.gather(1, ids)
-    shares.exp_().scatter_(1, ids, 0.0)
-    rest = shares.sum(-1, keepdim=True).clamp_min(_LEAST)
+def _divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:  # [R, V], [R, k], [R, k] -> [R] float32
+    """L of every row; `logits` become its gradient."""
+    wide = logits.float()
+    most = wide.amax(-1, keepdim=True)
+    kept = wide.gather(1, ids)
+    shares = wide.sub_(most).exp_().scatter_(1, ids, 0.0)  # not yet divided by their sum
+    rest = shares.sum(-1, keepdim=True)
+    kept_shares = (kept - most).exp()
+    total = rest + kept_shares.sum(-1, keepdim=True)
+    rest = (rest / total).clamp_min(_LEAST)
     wanted = logprobs.exp()
     others = (1.0 - wanted.sum(-1, keepdim=True)).clamp_min(0.0)
-    losses = (wanted * (logprobs - kept)).sum(-1, keepdim=True)
+    losses = (wanted * (logprobs - (kept - most - total.log()))).sum(-1, keepdim=True)
     losses += others * (others.clamp_min(_LEAST).log() - rest.log())
-    gradient = shares.mul_(1.0 - others / rest).scatter_(1, ids, kept.exp() - wanted)
-    return losses[:, 0], gradient
+    shares.mul_((1.0 - others / rest) / total).scatter_(1, ids, kept_shares / total - wanted)
+    if shares is not logits:
+        logits.copy_(shares)
+    return losses[:, 0]
 
 
 class _KeptDivergence(torch.autograd.Function):
@@ -50,12 +57,13 @@ class _KeptDivergence(torch.autograd.Function):
         gradient = torch.empty_like(hidden)
         for first in range(0, tokens, _ROWS):
             rows = slice(first, first + _ROWS)
-            logits = linear(hidden[rows], head).float()
-            losses, by_logits = _divergence(logits, ids[rows], logprobs[rows].float())
-            total += losses.double().sum()
+            logits = linear(hidden[rows], head)
+            some = _CPU_ROWS if hidden.device.type == "cpu" else _ROWS
+            for parts in zip(logits.split(some), ids[rows].split(some), logprobs[rows].split(some), strict=True):
+                total += _divergence(parts[0], parts[1], parts[2].float()).double().sum()
             if ctx.needs_input_grad[0]:
-                gradient[rows] = by_logits.div_(tokens).to(head.dtype) @ head
-        ctx.save_for_backward(gradient)
+                torch.mm(logits, head, out=gradient[rows])
+        ctx.save_for_backward(gradient.div_(tokens))
         return (total / tokens).float()
 
     @staticmethod

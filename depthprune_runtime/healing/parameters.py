@@ -103,12 +103,17 @@ class LowRank(_Frozen):
         found = {f"{name}.lora_A": value for name, value in self._down.items()}
         return found | {f"{name}.lora_B": value for name, value in self._up.items()}
 
+    def _spread(self, name: str) -> Tensor:  # [N, parts * rank]
+        """alpha / rank * B, each part's in columns of its own, so that one product adds all."""
+        rows = self._rows[name]
+        ups = (self._up[name] * self._scale).to(self.dtype)
+        return ups if len(rows) == 1 else torch.block_diag(*ups.split(rows))
+
     def linear(self, stem: str, x: Tensor) -> Tensor:
         name = f"{stem}.weight"
-        low = linear(x, self._down[name].to(self.dtype))
-        ups = (self._up[name] * self._scale).to(self.dtype).split(self._rows[name])
-        added = [linear(part, up) for part, up in zip(low.split(self._rank, dim=-1), ups, strict=True)]
-        return super().linear(stem, x) + (added[0] if len(added) == 1 else torch.cat(added, dim=-1))
+        flat = x.flatten(0, -2)
+        low = linear(flat, self._down[name].to(self.dtype))
+        return torch.addmm(super().linear(stem, flat), low, self._spread(name).T).view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
