@@ -23,11 +23,13 @@ lint: $(VENV)/installed
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/native/build.py
 
-# Damaged and hostile files and requests, each in a child of its own; FUZZ adds options of tests/fuzz/run.py.
+# Damaged and hostile files and requests, in child processes. START: number of the first one, so that a campaign can be
+# run in parts; FUZZ adds options of tests/fuzz/run.py.
 MUTANTS ?= 20000
+START ?= 0
 FUZZ ?=
 fuzz: $(VENV)/installed
-	$(BIN)/python tests/fuzz/run.py --mutants $(MUTANTS) $(FUZZ)
+	$(BIN)/python tests/fuzz/run.py --mutants $(MUTANTS) --start $(START) $(FUZZ)
 
 # The documentation as a site, site/index.html; a warning is an error.
 docs: $(VENV)/docs

@@ -17,11 +17,14 @@ from typing import Any
 
 from common import append_rows, environment, print_json
 
+from depthprune_runtime import ShortGPTOptions
+
 WINDOWS = 32
 SEQ_LEN = 1024
 # Variants: steps in order, each a function's name and its options.
 SHORTGPT = ("prune", {"method": "shortgpt", "blocks": 3})
-DROPPED = ("prune", {"method": "shortgpt", "blocks": 3, "repair": "none", "score": "block-influence"})
+AS_PRINTED = ShortGPTOptions(score="block-influence")
+DROPPED = ("prune", {"options": AS_PRINTED, "blocks": 3, "repair": "none"})
 VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "bf16": [],
     "int8": [("quantize", {"bits": 8})],

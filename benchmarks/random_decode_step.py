@@ -11,12 +11,12 @@ from torch import Tensor
 from depthprune_runtime.engine.kv_cache import KVCache, kv_blocks_needed
 from depthprune_runtime.engine.loading import in_panels
 from depthprune_runtime.model.batch import PagedContext, packed
-from depthprune_runtime.model.decode_step import build_decode_step
-from depthprune_runtime.model.decoder import Decoder
-from depthprune_runtime.model.linear import Weight
+from depthprune_runtime.model.decoder import Decoder, WeightGetter
+from depthprune_runtime.model.steps.cpu import DecodeStep
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.weights.panels import PanelWeight, to_panels
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.rows import Stored
 
 KV_BLOCK = 16
 
@@ -31,13 +31,13 @@ def quantized(weight: Tensor, quant: QuantSpec) -> QuantizedWeight:
 
 def random_weights(
     spec: DecoderSpec, quant: QuantSpec | None = None, device: str | torch.device = "cpu"
-) -> Callable[[str], Weight]:
+) -> WeightGetter:
     """By name, made once; bf16, laid out as a runtime does, or, but for norms, quantised."""
     shapes = spec.tensor_shapes()
     packed = in_panels(spec, torch.bfloat16) if quant is None and torch.device(device).type == "cpu" else frozenset()
 
     @functools.cache
-    def get(name: str) -> Weight:
+    def get(name: str) -> Stored:
         if len(shapes[name]) == 1:
             return torch.ones(shapes[name], dtype=torch.bfloat16, device=device)
         weight = torch.randn(shapes[name], device=device).mul_(0.02).to(torch.bfloat16)
@@ -49,7 +49,7 @@ def random_weights(
 
 
 def decode_step(
-    spec: DecoderSpec, weight: Callable[[str], Weight], batch: int = 1, context: int = 128, device: str = "cpu"
+    spec: DecoderSpec, weight: WeightGetter, batch: int = 1, context: int = 128, device: str = "cpu"
 ) -> Callable[[], Tensor]:
     """Logits of one new token of `batch` requests, each the last of `context`: in one C++ call where that is built."""
     place = torch.device(device)
@@ -64,7 +64,7 @@ def decode_step(
     paged = PagedContext(slots, tables, torch.full((batch,), context, device=place), False)
     inputs = packed([1] * batch, place, [context - 1] * batch, paged)
     ids = torch.zeros(batch, dtype=torch.int64, device=place)
-    native = build_decode_step(decoder, cache.pairs)
+    native = None if DecodeStep.refuses(decoder) else DecodeStep(decoder, cache.pairs)
 
     def run() -> Tensor:
         with torch.inference_mode():

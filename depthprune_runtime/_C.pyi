@@ -1,4 +1,4 @@
-"""The C++ extension: csrc/module.cpp and csrc/cpu/step/binding.cpp. Its ops are reached through `torch.ops`."""
+"""The C++ extension: csrc/module.cpp and csrc/cpu/step. Its ops are reached through `torch.ops`."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,8 @@ class StepLinear:
         bias: Tensor | None,  # [N]
         out_features: int,
         in_features: int,
-        bits: int,  # 0: rows; 16: panels; 4 or 8: codes
+        format: int,  # a number of `weights.weight.Format`
+        bits: int,  # of a code, 4 or 8
         group_size: int,
     ) -> None: ...
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from depthprune_runtime.engine.async_engine import AsyncEngine
     from depthprune_runtime.engine.engine import Engine
     from depthprune_runtime.engine.errors import EngineDead, EngineFull
+    from depthprune_runtime.engine.options import EngineOptions
     from depthprune_runtime.engine.outputs import CompletionOutput, RequestOutput
     from depthprune_runtime.engine.params import SamplingParams
     from depthprune_runtime.engine.runtime import Runtime
@@ -37,6 +38,7 @@ __all__ = [
     "Engine",
     "EngineDead",
     "EngineFull",
+    "EngineOptions",
     "FinerCutOptions",
     "FlattenGPTOptions",
     "HealOptions",
@@ -61,6 +63,7 @@ _HOMES = {
     "Engine": "engine.engine",
     "EngineDead": "engine.errors",
     "EngineFull": "engine.errors",
+    "EngineOptions": "engine.options",
     "FinerCutOptions": "pruning.finercut.options",
     "FlattenGPTOptions": "pruning.flattengpt.options",
     "HealOptions": "healing.options",

@@ -72,7 +72,8 @@ _PLAIN = {int: _integer, float: _number, str: _text, bool: _flag}
 def checked(hint: Any, value: object, what: str) -> Any:
     """`value` from JSON as the type `hint`; InputError that begins with `what` where it is of another one.
 
-    Known are int, float, str, bool, dataclasses, `tuple[T, ...]`, `dict[str, T]`, Literal, unions and Any.
+    Known are int, float, str, bool, dataclasses, `tuple[T, ...]`, `dict[str, T]`, Literal, Any, one of these or None,
+    and unions of dataclasses that have been built before.
     """
     origin = typing.get_origin(hint)
     if hint is Any or hint is object:

@@ -69,8 +69,8 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Step:
-    """One removal of a greedy search: the how-manieth, what (parent's numbering), and the distance of the model
-    without it.
+    """One removal of a greedy search: its place in the order, the sub-layer in the parent's numbering, and the
+    distance of the model without it.
 
     kind: attention or ffn; block: of the dense parent; evaluations: sub-layers run over the whole
     calibration set to decide it; plain_evaluations: what re-running the model for every candidate takes.
@@ -142,7 +142,7 @@ class PrunePlan:
                 raise InputError(f"plan: sub-layer {sublayer} is dropped twice or both dropped and merged")
             taken.add(sublayer)
 
-        narrowed = [e.sublayer for e in self.edits if isinstance(e, Narrow)]
+        narrowed: set[int] = set()
         for edit in self.edits:
             if isinstance(edit, Drop):
                 take(edit.sublayer, "drop")
@@ -157,8 +157,10 @@ class PrunePlan:
                 for block in edit.blocks:
                     for sublayer in blocks[block]:
                         take(sublayer, "flatten")
-            elif not edit.sublayer < count or narrowed.count(edit.sublayer) > 1:
+            elif edit.sublayer >= count or edit.sublayer in narrowed:
                 raise InputError(f"plan: sub-layer {edit.sublayer} is narrowed twice, or not in the parent")
+            else:
+                narrowed.add(edit.sublayer)
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.paths import source_path
 
 _WIKITEXT_FILES = {
     "wikitext2": ("wiki.train.raw", "wiki.train.head.raw"),
@@ -34,7 +35,7 @@ def text_file(source: str) -> tuple[Path, ...]:
     """The file that `load_text` would read, if it is one that the caller named."""
     if not isinstance(source, str):
         raise InputError(f"text: expected a name or a path, got {printable(repr(source))}")
-    return () if source in NAMED_TEXTS else (Path(source).expanduser(),)
+    return () if source in NAMED_TEXTS else (source_path(source, "text"),)
 
 
 def known_ids(ids: list[int], vocab_size: int, model: str) -> list[int]:
@@ -150,7 +151,8 @@ def _wikitext2(source: str) -> str:
 def rows_joined(text: str, separator: str = "\n\n") -> str:
     """The data set's rows joined, by default by blank lines, as GPTQ and most pruning papers tokenise WikiText-2.
 
-    An empty line of the file is an empty row; every other row keeps its line end.
+    An empty line of the file is an empty row; every other row keeps its line end, which the last one may lack.
     """
-    rows = ["" if not line.strip() else line + "\n" for line in text.split("\n")[:-1]]
-    return separator.join(rows)
+    *lines, last = text.split("\n")
+    rows = ["" if not line.strip() else line + "\n" for line in lines]
+    return separator.join([*rows, last] if last else rows)

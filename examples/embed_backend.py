@@ -23,7 +23,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from depthprune_runtime import AsyncEngine, Engine, EngineDead, EngineFull, InputError, Runtime, SamplingParams
+from depthprune_runtime import (
+    AsyncEngine,
+    Engine,
+    EngineDead,
+    EngineFull,
+    EngineOptions,
+    InputError,
+    Runtime,
+    SamplingParams,
+)
 from depthprune_runtime.engine.async_engine import RequestStream
 
 MAX_BODY = 4 << 20  # bytes of a request
@@ -113,10 +122,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--kv-memory", default=None, help='of the KV cache, such as "2GiB"')
+    default = EngineOptions()
+    parser.add_argument("--kv-memory", default=default.kv_memory, help='of the KV cache, such as "2GiB"')
+    parser.add_argument("--max-num-seqs", type=int, default=default.max_num_seqs, help="outputs running at once")
+    parser.add_argument("--max-waiting", type=int, default=default.max_waiting, help="outputs in the waiting queue")
     parser.add_argument("--drain", type=int, default=10, help="seconds that SIGTERM waits for what runs (default 10)")
     args = parser.parse_args()
-    engine = Runtime.load(args.model).engine(kv_memory=args.kv_memory)
+    try:
+        options = EngineOptions(args.kv_memory, max_num_seqs=args.max_num_seqs, max_waiting=args.max_waiting)
+        engine = Runtime.load(args.model).engine(options)
+    except InputError as error:
+        raise SystemExit(f"embed_backend: {error}") from error
     uvicorn.run(app(engine), host=args.host, port=args.port, timeout_graceful_shutdown=args.drain)
 
 

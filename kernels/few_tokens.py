@@ -20,6 +20,7 @@ from torch import Tensor
 
 from depthprune_runtime.kernels.dot import dot
 from depthprune_runtime.kernels.launch_few_tokens import RowsConfig, rows_config
+from depthprune_runtime.kernels.packed import CODES, ROWS
 from depthprune_runtime.kernels.pdl import follow, pdl_options
 
 
@@ -202,6 +203,7 @@ def products(
     K: tl.constexpr,
     eps,
     NORM: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
@@ -214,8 +216,8 @@ def products(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Dense where BITS is 0, else quantised."""
-    if BITS == 0:
+    """[BLOCK_N, BLOCK_T] float32"""
+    if not QUANTIZED:
         acc = dense_products(
             x_ptr, x_stride, gain_ptr, weight_ptr, rows, rows_in, num_tokens, K, eps,
             NORM, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES, PDL,
@@ -236,7 +238,7 @@ def halves(acc, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
 
 def weight_arguments(tensors: list[Tensor], layout: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(weight or words, scales, zeros) as the kernels take them."""
-    if layout[1] == 0:
+    if layout[1] == ROWS:
         return tensors[0], None, None
     return tensors[0].view(torch.int32), tensors[1], tensors[2] if len(tensors) == 3 else None
 
@@ -248,14 +250,15 @@ def configure(
 
     apart: rows between the halves of a tile; 0: it takes neighbours.
     """
-    out_features, bits, group_size = layout
-    bits_of_weight = bits or 8 * x.element_size()
+    out_features, number, bits, group_size = layout
+    bits_of_weight = 8 * x.element_size() if number == ROWS else bits
     config = rows_config(x.shape[0], out_features, x.shape[1], bits_of_weight, capability, paired=apart > 0)
     constants: dict[str, object] = {
+        "QUANTIZED": number == CODES,
         "BITS": bits,
         "GROUP": group_size,
         "HAS_ZEROS": len(tensors) == 3,
-        "WHOLE_PANELS": bits > 0 and apart % 16 == 0,
+        "WHOLE_PANELS": number == CODES and apart % 16 == 0,
         "BLOCK_T": config.block_t,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

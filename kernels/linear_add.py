@@ -32,6 +32,7 @@ def linear_add_kernel(
     x_stride,
     residual_stride,
     HAS_BIAS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
@@ -48,7 +49,7 @@ def linear_add_kernel(
     rows_in = rows < num_rows
     acc = products(
         x_ptr, x_stride, x_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, K, 0.0,
-        False, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES, PDL,
+        False, QUANTIZED, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES, PDL,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)[:, None]

@@ -38,6 +38,7 @@ def norm_linear_kernel(
     eps,
     HAS_BIAS: tl.constexpr,
     RUNS: tl.constexpr,  # 16-row runs of a program's tile whose maximum is wanted; 0: of none
+    QUANTIZED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
@@ -54,7 +55,7 @@ def norm_linear_kernel(
     rows_in = rows < num_rows
     acc = products(
         x_ptr, x_stride, gain_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, K, eps,
-        True, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES, PDL,
+        True, QUANTIZED, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES, PDL,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)[:, None]
@@ -91,6 +92,7 @@ def norm_gated_linear_kernel(
     x_stride,
     eps,
     HAS_BIAS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
@@ -110,7 +112,7 @@ def norm_gated_linear_kernel(
     rows_in = channel < channels
     acc = products(
         x_ptr, x_stride, gain_ptr, weight_ptr, scales_ptr, zeros_ptr, rows, rows_in, num_tokens, K, eps,
-        True, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES, PDL,
+        True, QUANTIZED, BITS, GROUP, HAS_ZEROS, WHOLE_PANELS, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, USE_DOT, STAGES, PDL,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)[:, None]

@@ -1,11 +1,11 @@
 """Checks of what the launchers of decode projections are given: a packed weight and the gain of a norm.
 
-    layout (N, bits, group_size)
-    bits 0         [weight [N, K]], in the dtype of x
-    bits 8 or 4    [codes [P, K' bits / 32, 16, 4], scales [P, K' / group_size, 16]]; asymmetric: and zeros like scales
+    layout [N, format, bits, group_size]
+    ROWS     [weight [N, K]], in the dtype of x
+    CODES    [codes [P, K' bits / 32, 16, 4], scales [P, K' / group_size, 16]]; asymmetric: and zeros like scales
 
-P = ceil(N / 16); K' is K rounded up to whole groups. Codes and zeros are uint8, scales bfloat16. Panels (bits 16) are
-for kernels of the CPU only.
+P = ceil(N / 16); K' is K rounded up to whole groups. Codes and zeros are uint8, scales bfloat16. Panels are for kernels
+of the CPU only. Formats have the numbers of depthprune_runtime/weights/weight.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROWS, PANELS, CODES = 0, 1, 2
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PANEL_ROWS = 16
@@ -20,13 +21,15 @@ _PANEL_ROWS = 16
 
 def packed_parts(op: str, x: Tensor, layout: list[int], count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each of the `count` tensors of a weight [N, K] for `x` [T, K]."""
-    if len(layout) != 3 or layout[0] < 1:
-        raise ValueError(f"{op}: expected layout (N, bits, group_size) with N >= 1, got {layout}")
-    rows, bits, group_size = layout
-    if bits == 0:
+    if len(layout) != 4 or layout[0] < 1:
+        raise ValueError(f"{op}: expected layout [N, format, bits, group_size] with N >= 1, got {layout}")
+    rows, number, bits, group_size = layout
+    if number == ROWS:
         parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": ((rows, x.shape[1]), x.dtype)}
-    elif bits == 16:
+    elif number == PANELS:
         raise ValueError(f"{op}: expected a weight in rows or quantised, got panels, which only CPU kernels read")
+    elif number != CODES:
+        raise ValueError(f"{op}: expected format {ROWS} (rows) or {CODES} (codes), got {number}")
     elif bits not in (8, 4) or group_size not in GROUP_SIZES:
         raise ValueError(f"{op}: expected 8 or 4 bits in groups of 32, 64 or 128, got {bits} and {group_size}")
     else:

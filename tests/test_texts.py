@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from depthprune_runtime.texts import load_text, split_texts
+from depthprune_runtime.texts import load_text, rows_joined, split_texts
 
 FILLER = [f"Paragraph {n} says a word of its own, {n * n}, and {n**3} beside it." for n in range(200)]
 
@@ -65,3 +65,10 @@ def test_a_paragraph_wrapped_otherwise_is_the_same():
 def test_paragraphs_that_share_a_run_of_words_go_together():
     chain = [f"{FILLER[n]} {FILLER[n + 1]}" for n in range(0, 60)]
     assert len({side(chain, p) for p in chain}) == 1
+
+
+def test_a_last_row_needs_no_line_end():
+    assert rows_joined("one\n \ntwo\n") == "one\n\n\n\n\ntwo\n"
+    assert rows_joined("one\n \ntwo") == "one\n\n\n\n\ntwo"
+    assert rows_joined("one") == "one"
+    assert rows_joined("") == ""

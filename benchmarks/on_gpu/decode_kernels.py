@@ -38,7 +38,7 @@ class Shapes(kernels.Shapes):
             dense = self._draw(rows, columns, scale=0.02)
             return dense, dense, dense.nbytes
         weight = quantised(spec, rows, columns, self._device)
-        return weight, weight.dequantize(self._dtype), weight.nbytes
+        return weight, weight.dense(self._dtype), weight.nbytes
 
     def _each(self, make: Callable[[int, str], Kernel]) -> Iterator[Make]:
         for precision in PRECISIONS:

@@ -15,8 +15,9 @@ from on_gpu.timing import Budget, Clock, TokenClock
 from torch import Tensor
 
 from depthprune_runtime import SamplingParams
-from depthprune_runtime.engine.engine import KV_BLOCK_SIZE, Engine
+from depthprune_runtime.engine.engine import Engine
 from depthprune_runtime.engine.inputs import Inputs
+from depthprune_runtime.engine.options import KV_BLOCK_SIZE, EngineOptions
 from depthprune_runtime.spec import DecoderSpec
 
 DENSE = "ours dense"
@@ -62,10 +63,12 @@ class Ours:
         self._engine = Engine(
             decoder,
             Inputs("random", source.spec, None, {}),
-            kv_memory=case.kv_bytes(source.spec, source.pool.itemsize),
-            max_num_seqs=case.batch,
-            max_num_batched_tokens=max(case.batch * case.prompt, case.batch),  # all prompts in one pass
-            enable_prefix_caching=False,
+            EngineOptions(
+                kv_memory=case.kv_bytes(source.spec, source.pool.itemsize),
+                max_num_seqs=case.batch,
+                max_num_batched_tokens=max(case.batch * case.prompt, case.batch),  # all prompts in one pass
+                enable_prefix_caching=False,
+            ),
         )
 
     def __call__(self, prompts: Prompts) -> TokenClock:

@@ -5,21 +5,13 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "common/check.h"
 #include "common/dtype_of.h"
-#include "common/gain.h"
+#include "common/norm_checks.h"
 #include "common/row_strides_of.h"
 #include "cuda/norm.h"
 
 namespace depthprune::cuda {
 namespace {
-
-void check_weight(const char* op, const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef shape) {
-  check_gain(op, x, weight, shape);
-  // One tensor on a CUDA device brought the call here, so equal devices are CUDA devices.
-  DEPTHPRUNE_CHECK(
-      weight.device() == x.device(), op, "weight", c10::str("device ", x.device(), " (that of x)"), weight.device());
-}
 
 // `residual` may be undefined. The result has the strides that the reference gives it.
 at::Tensor run(const at::Tensor& input, const at::Tensor& residual, const at::Tensor& weight, double eps) {
@@ -56,8 +48,7 @@ at::Tensor rms_norm(
     const at::Tensor& x,       // [..., C]
     const at::Tensor& weight,  // [C]
     double eps) {              // -> [..., C]
-  DEPTHPRUNE_CHECK(x.dim() >= 1, "rms_norm", "x", "at least one dimension", x.sizes());
-  check_weight("rms_norm", x, weight, x.sizes().slice(x.dim() - 1));
+  check_norm("rms_norm", x, weight);
   return run(x, {}, weight, eps);
 }
 
@@ -66,13 +57,7 @@ at::Tensor add_rms_norm(
     at::Tensor& residual,      // [T, C], updated in place
     const at::Tensor& weight,  // [C]
     double eps) {              // -> [T, C]
-  constexpr const char* op = "add_rms_norm";
-  DEPTHPRUNE_CHECK(x.dim() >= 1, op, "x", "at least one dimension", x.sizes());
-  check_weight(op, x, weight, x.sizes().slice(x.dim() - 1));
-  DEPTHPRUNE_CHECK(
-      residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type() && residual.device() == x.device(), op,
-      "residual", c10::str("shape ", x.sizes(), ", dtype ", x.scalar_type(), ", device ", x.device()),
-      c10::str(residual.sizes(), " ", residual.scalar_type(), " ", residual.device()));
+  check_add_norm("add_rms_norm", x, residual, weight);
   return run(x, residual, weight, eps);
 }
 
@@ -80,9 +65,7 @@ void head_rms_norm(
     at::Tensor& x,             // [T, H, D], in place
     const at::Tensor& weight,  // [H, D]
     double eps) {
-  constexpr const char* op = "head_rms_norm";
-  DEPTHPRUNE_CHECK(x.dim() == 3, op, "x", "shape [T, H, D]", x.sizes());
-  check_weight(op, x, weight, x.sizes().slice(1));
+  check_head_norm("head_rms_norm", x, weight);
   if (x.numel() == 0) return;
   const c10::DeviceGuard guard(x.device());
   const at::Tensor gain = weight.contiguous();

@@ -9,7 +9,8 @@ import torch
 
 from depthprune_runtime.checkpoint.base import Checkpoint
 from depthprune_runtime.checkpoint.native import NativeCheckpoint, write_native
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.paths import source_path
 
 __all__ = ["Checkpoint", "NativeCheckpoint", "open_checkpoint", "write_native"]
 
@@ -22,7 +23,7 @@ def open_checkpoint(model: str | Path, dtype: torch.dtype | None = None, verify:
     dtype: convert a Hugging Face or GGUF source on the way in (our own file keeps its dtype); verify:
     check our own file against its checksums. Raises InputError in one line.
     """
-    path = Path(model).expanduser()
+    path = source_path(model, "model")
     try:
         if path.is_dir():
             from depthprune_runtime.checkpoint.huggingface import HuggingFaceCheckpoint
@@ -40,4 +41,4 @@ def open_checkpoint(model: str | Path, dtype: torch.dtype | None = None, verify:
         from depthprune_runtime.checkpoint.huggingface import HuggingFaceCheckpoint, download
 
         return HuggingFaceCheckpoint(download(str(model)), dtype, name=str(model))
-    raise InputError(f"{model}: no such file or folder")
+    raise InputError(f"{printable(model, 1000)}: no such file or folder")

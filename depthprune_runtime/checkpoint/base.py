@@ -17,7 +17,8 @@ from depthprune_runtime.checkpoint.container import DTYPE_NAMES, TensorEntry, ch
 from depthprune_runtime.checkpoint.mapped import WatchedFile
 from depthprune_runtime.checkpoint.stored import weight_entries
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantSpec
+from depthprune_runtime.weights.rows import Stored
 
 # Files carried inside a checkpoint, so that it moves alone.
 TOKENIZER_FILE = "tokenizer.json"
@@ -55,7 +56,7 @@ class Checkpoint(abc.ABC):
         """Packed tensor `name` (see `DecoderSpec.tensor_shapes`) on the CPU in `dtype`, mapped if possible; what its
         codes stand for if it is quantised."""
 
-    def weight(self, name: str) -> Tensor | QuantizedWeight:
+    def weight(self, name: str) -> Stored:
         """Weight `name` as it is stored: what `tensor` gives, or quantised."""
         return self.tensor(name)
 

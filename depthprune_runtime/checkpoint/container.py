@@ -91,7 +91,7 @@ class PendingFile:
             self._temporary.unlink(missing_ok=True)
 
     def complete(self) -> None:
-        """Everything is written: bring it to the disk."""
+        """Flush to the disk what was written; nothing more follows."""
         self.file.flush()
         os.fsync(self.file.fileno())
 

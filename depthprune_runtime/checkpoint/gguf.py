@@ -47,7 +47,6 @@ class GGUFCheckpoint(DenseCheckpoint):
         self._metadata = headers[0].metadata
         self._homes: dict[str, GGUFHeader] = {name: header for header in headers for name in header.tensors}
         kinds = sorted({t.kind.name for header in headers for t in header.tensors.values()})
-        self.source_files = tuple(header.path for header in headers)
         self.watched = tuple(WatchedFile(file) for file in self.source_files)
         self.dtype = dtype if dtype is not None else torch.bfloat16
         with reading(path):
@@ -132,15 +131,22 @@ class GGUFCheckpoint(DenseCheckpoint):
 
     def _rope(self, arch: str) -> dict[str, Any]:
         theta = float(self._number(f"{arch}.rope.freq_base", float, 10000.0))
+        kind = self._metadata.get(f"{arch}.rope.scaling.type", "linear")  # as in llama.cpp
+        if kind not in ("none", "linear"):
+            raise InputError(
+                f"{self.path}: {arch}.rope.scaling.type: expected 'none' or 'linear', got {printable(repr(kind))}"
+            )
+        if self._metadata.get(f"{arch}.rope.scaling.attn_factor", 1.0) != 1.0:
+            raise InputError(f"{self.path}: {arch}.rope.scaling.attn_factor: values other than 1.0 are not supported")
+        named = (f"{arch}.rope.scaling.factor", f"{arch}.rope.scale_linear")  # the second in older files
+        key = next((key for key in named if key in self._metadata), None)
+        factor = 1.0 if key is None or kind == "none" else float(self._number(key, float))
         if _ROPE_FACTORS in self._homes:
-            factors = self._read(_ROPE_FACTORS).double().flatten().tolist()
+            factors = (self._read(_ROPE_FACTORS).double().flatten() * factor).tolist()
             return {"rope_theta": theta, "rope_type": "factors", "factors": factors}
-        old_factor = self._metadata.get(f"{arch}.rope.scale_linear")  # of files that do not name a type
-        kind = self._metadata.get(f"{arch}.rope.scaling.type", "none" if old_factor in (None, 1.0) else "linear")
-        if kind == "none":
+        if factor == 1.0:
             return {"rope_theta": theta, "rope_type": "default"}
-        factor = self._number(f"{arch}.rope.scaling.factor", float, old_factor or 1.0)
-        return {"rope_theta": theta, "rope_type": kind, "factor": factor}
+        return {"rope_theta": theta, "rope_type": "linear", "factor": factor}
 
     def _pieces(self, source: str) -> Iterator[Any]:
         """Tensor `source`, dequantised and flat, as arrays that stay in the cache."""

@@ -36,6 +36,12 @@ _SPECIAL_IDS = {
     "pad_token": "padding_token_id",
 }
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# control tokens that end an output whether or not a key names them, as in llama.cpp: converters name but one
+_END_TEXTS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>",
+    "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>",
+})  # fmt: skip
+_TEMPLATE_KEY = "tokenizer.chat_template"  # of the default one; of the others with .NAME behind it
 _SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}  # where the file names none
 _SPACE = "\u2581"
 
@@ -137,12 +143,13 @@ def _merges_by_score(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> li
     if not all(map(math.isfinite, scores)):
         raise InputError(f"{_KEY}scores: expected finite numbers")
     plain = {t: i for t, i in vocabulary.ids.items() if vocabulary.types[i] in (_NORMAL, _UNUSED)}
+    lengths = {len(token) for token in plain}  # a token of a million characters is not cut at each of them
     found = []
     for token, index in plain.items():
-        if len(token) > 1:
-            pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-            known = sorted((plain[a], plain[b], a, b) for a, b in pairs if a in plain and b in plain)
-            found += [(-scores[index], index, order, a, b) for order, (_, _, a, b) in enumerate(known)]
+        cuts = [i for i in lengths if len(token) - i in lengths]
+        pairs = ((token[:i], token[i:]) for i in cuts)
+        known = sorted((plain[a], plain[b], a, b) for a, b in pairs if a in plain and b in plain)
+        found += [(-scores[index], index, order, a, b) for order, (_, _, a, b) in enumerate(known)]
     found.sort(key=lambda merge: merge[:3])
     return [[a, b] for *_, a, b in found]
 
@@ -212,6 +219,13 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary, unknown
     }
 
 
+def _named_templates(metadata: Mapping[str, Any]) -> list[dict[str, str]]:
+    """All chat templates but the default one, as a tokenizer's config lists them."""
+    keys = (key for key in metadata if key.startswith(_TEMPLATE_KEY + "."))
+    found = {key.removeprefix(_TEMPLATE_KEY + "."): metadata[key] for key in keys}
+    return [{"name": name, "template": text} for name, text in found.items() if isinstance(text, str) and text]
+
+
 def _tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) -> dict[str, bytes]:
     kind = metadata.get(_KEY + "model")
     if kind not in ("gpt2", "llama"):
@@ -248,7 +262,18 @@ def _tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) -
         "add_eos_token": adds["eos_token"],
         "clean_up_tokenization_spaces": False,
     }
+    if others := _named_templates(metadata):
+        config["chat_template"] = others
     return {TOKENIZER_FILE: text.encode(), TOKENIZER_CONFIG_FILE: json.dumps(config, ensure_ascii=False).encode()}
+
+
+def _end_tokens(metadata: Mapping[str, Any], vocab_size: int) -> list[int]:
+    """Ids of the control tokens that are `_END_TEXTS`; none of a vocabulary that cannot be used."""
+    texts, types = (metadata.get(_KEY + name) for name in ("tokens", "token_type"))
+    if not isinstance(texts, list) or not isinstance(types, list):
+        return []
+    pairs = enumerate(zip(texts[:vocab_size], types, strict=False))
+    return [i for i, (text, kind) in pairs if kind == _CONTROL and text in _END_TEXTS]
 
 
 def _generation_config(metadata: Mapping[str, Any], vocab_size: int) -> bytes:
@@ -259,7 +284,8 @@ def _generation_config(metadata: Mapping[str, Any], vocab_size: int) -> bytes:
         return None if value is None else _special_id(value, key, vocab_size)
 
     begin = identifier("bos_token_id")
-    ends = list(dict.fromkeys(i for key in _END_IDS if (i := identifier(key)) is not None))
+    named = [i for key in _END_IDS if (i := identifier(key)) is not None]
+    ends = list(dict.fromkeys(named + _end_tokens(metadata, vocab_size)))
     config: dict[str, Any] = {} if begin is None else {"bos_token_id": begin}
     if ends:
         config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
@@ -289,7 +315,7 @@ def gguf_assets(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> Laz
             return _generation_config(metadata, vocab_size)
 
     makers = {name: tokenizer_file(name) for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)}
-    template = metadata.get("tokenizer.chat_template")
+    template = metadata.get(_TEMPLATE_KEY)
     if isinstance(template, str) and template:
         makers[CHAT_TEMPLATE_FILE] = template.encode
     makers[GENERATION_CONFIG_FILE] = generation

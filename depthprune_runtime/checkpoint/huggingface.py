@@ -82,12 +82,17 @@ def _file_name(name: object) -> str:
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, of every tensor in the safetensors files of `folder`; empty where it has none.
 
-    Raises InputError for an index that is not one, or that names files that are not there.
+    Where there are both, the single file counts and not the index, as in Transformers. Raises InputError for an index
+    that is not one, or that names files that are not there.
     """
     index, single = folder / _INDEX, folder / _SINGLE
-    if not index.is_file():
+    if single.is_file():
+        if index.is_file():
+            _log.warning("%s: has both %s and %s; the first is read, as in Transformers", folder, _SINGLE, _INDEX)
         with reading(single):
-            return {n: single for n in read_header(single) if n != "__metadata__"} if single.is_file() else {}
+            return {n: single for n in read_header(single) if n != "__metadata__"}
+    if not index.is_file():
+        return {}
     with reading(index):
         content = parse_json(index.read_bytes(), str(index))
     listed = content.get("weight_map") if isinstance(content, dict) else None
@@ -246,7 +251,8 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             _log.warning("%s: no tokenizer (one of %s)", self.folder, ", ".join(_TOKENIZER_SOURCES))
         generation = self.folder / GENERATION_CONFIG_FILE
         if generation.is_file():
-            assets[GENERATION_CONFIG_FILE] = generation.read_bytes()
+            with reading(generation):
+                assets[GENERATION_CONFIG_FILE] = generation.read_bytes()
         elif self._special_ids:
             assets[GENERATION_CONFIG_FILE] = json.dumps(self._special_ids).encode()
         return assets

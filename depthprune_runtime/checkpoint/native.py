@@ -11,6 +11,7 @@ wants and a shape that none accepts, so that it stops instead. Shards carry it, 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import xxhash
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import shards, stored
+from depthprune_runtime.checkpoint.assets import LazyAssets
 from depthprune_runtime.checkpoint.base import Checkpoint
 from depthprune_runtime.checkpoint.container import (
     DTYPE_NAMES,
@@ -38,6 +40,7 @@ from depthprune_runtime.checkpoint.mapped import MappedFile
 from depthprune_runtime.checkpoint.outputs import check_output
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.weights.quantized import QuantizedWeight
+from depthprune_runtime.weights.rows import Stored, as_weight
 
 FORMAT = "depthprune"
 _ASSET_PREFIX = "assets."
@@ -117,7 +120,7 @@ class NativeCheckpoint(Checkpoint):
                 raise InputError(
                     f"{self.path.with_name(file)}: damaged: its tensors are not those that its description lists"
                 )
-        if not set(wanted) <= set(entries):
+        if not set(wanted) <= set(entries) or _GUARD_NAME not in self._checksums:
             raise InputError(f"{self.path}: damaged: its tensors are not those that its description lists")
         for expected in wanted.values():
             entry, dtype = entries[expected.name], DTYPE_NAMES[expected.dtype]
@@ -145,7 +148,10 @@ class NativeCheckpoint(Checkpoint):
 
     @property
     def assets(self) -> Mapping[str, bytes]:
-        return {n.removeprefix(_ASSET_PREFIX): self._stored(n).numpy().tobytes() for n in self._asset_names}
+        return LazyAssets({n.removeprefix(_ASSET_PREFIX): functools.partial(self._asset, n) for n in self._asset_names})
+
+    def _asset(self, name: str) -> bytes:
+        return self._stored(name).numpy().tobytes()
 
     def _stored(self, name: str) -> Tensor:
         return self._files[self._weight_map.get(name, self.path.name)].tensor(name)
@@ -153,20 +159,18 @@ class NativeCheckpoint(Checkpoint):
     def stored_checksum(self, entry: str) -> str | None:
         return self._checksums.get(entry)
 
-    def weight(self, name: str) -> Tensor | QuantizedWeight:
+    def weight(self, name: str) -> Stored:
         quant = self.quantization.get(name)
         if quant is None:
             return self.tensor(name)
-        rows, columns = self.spec.projections()[name]
-        parts = {part: self._stored(f"{name}.{part}") for part in quant.shapes(rows, columns)}
-        return QuantizedWeight(quant, rows, columns, parts["codes"], parts["scales"], parts.get("zeros"))
+        shape = self.spec.projections()[name]
+        parts = {part: self._stored(f"{name}.{part}") for part in quant.shapes(*shape)}
+        return QuantizedWeight.from_parts(quant, shape, parts)
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.quantization:
             return self._stored(name)
-        weight = self.weight(name)
-        assert isinstance(weight, QuantizedWeight)
-        return stored.dense(weight, self.dtype)
+        return as_weight(self.weight(name)).dense(self.dtype)
 
     def checksums(self, on_tensor: Callable[[str], None] = lambda _: None) -> dict[str, str]:
         """Those of quantised weights are computed, since they count what the codes stand for."""
@@ -201,8 +205,7 @@ class _Writer:
         whole = self._weight_of[name]
         if whole == name:
             return self._checkpoint.tensor(name)
-        part: Tensor = getattr(self._checkpoint.weight(whole), name.rpartition(".")[2])
-        return part
+        return as_weight(self._checkpoint.weight(whole)).parts()[name.rpartition(".")[2]]
 
     def _done(self, entry: TensorEntry, found: str) -> None:
         if entry.name == _GUARD_NAME:

@@ -23,25 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from depthprune_runtime.checkpoint.container import TensorEntry
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.host.sizes import size_in_bytes
 
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000  # bytes of weights in a file, as in Transformers
 SHARD_FORMAT = "depthprune-shard"
 MAX_SHARDS = 500  # all are open at once until they are published
 _MAX_HEAD = 1 << 28
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(value: int | str) -> int:
-    """Bytes from a number of them, or from text such as `5GB` or `500MiB`."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", value.strip().upper())
-        if found is not None and found[2] in _UNITS:
-            value = int(float(found[1]) * _UNITS[found[2]])
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"max_shard_size: expected bytes, or a size such as 5GB or 500MiB, got {value!r}")
-    return value
+    """`max_shard_size` in bytes, from a number of them or from text such as `5GB` or `500MiB`."""
+    size = size_in_bytes(value) if isinstance(value, str) else value
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        shown = printable(repr(value))
+        raise InputError(f"max_shard_size: expected bytes, or a size such as 5GB or 500MiB, got {shown}")
+    return size
 
 
 def split(entries: Iterable[TensorEntry], max_shard_size: int) -> list[list[TensorEntry]]:
@@ -101,7 +98,10 @@ def remove_stale(path: Path) -> None:
 
 @contextlib.contextmanager
 def publishing(folder: Path) -> Iterator[None]:
-    """Keep other writers of ours out of `folder`, where the system and the disk know such locks, meanwhile."""
+    """Lock `folder` against other writers of this package while the body runs.
+
+    Without locks of files on this system or disk, nothing is locked.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):
             import fcntl

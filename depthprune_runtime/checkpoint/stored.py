@@ -10,16 +10,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
 
 from depthprune_runtime.checkpoint.container import TensorEntry
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.fields import from_fields
 from depthprune_runtime.spec import DecoderSpec
-from depthprune_runtime.weights.quantized import PANEL_ROWS, QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.quantized import QuantSpec
 
 _PART_DTYPES = {"codes": torch.uint8, "scales": torch.bfloat16, "zeros": torch.uint8}
-_STRIP_ELEMENTS = 1 << 23  # of a weight, dequantised through float32 at a time
 
 
 def part_entries(name: str, quant: QuantSpec, rows: int, columns: int) -> list[TensorEntry]:
@@ -57,20 +55,3 @@ def quantization_from_json(data: object, spec: DecoderSpec) -> dict[str, QuantSp
     if unknown := sorted(set(data) - set(spec.projections())):
         raise InputError(f"quantization: expected names of projections, got {printable(unknown[0])}")
     return {name: from_fields(QuantSpec, value, f"quantization.{name}") for name, value in data.items()}
-
-
-def dense(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:  # [N, K]
-    """`weight.dequantize(dtype)`, some panels of rows at a time, since it goes through float32."""
-    made = torch.empty(weight.shape, dtype=dtype)
-    panels = max(1, _STRIP_ELEMENTS // (PANEL_ROWS * weight.in_features))
-    for first in range(0, weight.codes.shape[0], panels):
-        part = slice(first, first + panels)
-        rows = slice(first * PANEL_ROWS, min((first + panels) * PANEL_ROWS, weight.out_features))
-        made[rows] = dataclasses.replace(
-            weight,
-            out_features=rows.stop - rows.start,
-            codes=weight.codes[part],
-            scales=weight.scales[part],
-            zeros=None if weight.zeros is None else weight.zeros[part],
-        ).dequantize(dtype)
-    return made

@@ -11,6 +11,7 @@ from depthprune_runtime.checkpoint.outputs import as_path, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.host.devices import resolve_dtype
+from depthprune_runtime.paths import source_path
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.spec import DecoderSpec
 
@@ -60,7 +61,7 @@ def import_model(
     if adapter is not None:
         if not isinstance(checkpoint, HuggingFaceCheckpoint):
             raise InputError(f"adapter: expected a Hugging Face folder to merge it into, got {checkpoint.name}")
-        checkpoint.adapt(Adapter(as_path(adapter, "adapter")))
+        checkpoint.adapt(Adapter(source_path(adapter, "adapter")))
     check_output(path, checkpoint.source_files, overwrite)
     write(checkpoint, path, progress or Progress(), max_shard_size, overwrite)
     return checkpoint.spec

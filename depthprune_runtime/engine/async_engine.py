@@ -79,6 +79,9 @@ class AsyncEngine:
     """Owns `engine` and its thread from here on; `generate`, `submit`, `abort` and `stats` may be called from anywhere.
 
     An exception of the engine ends every stream with `EngineDead` from it, and refuses what comes later alike.
+
+    Args:
+        engine: with no requests yet; nobody else may use it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -99,7 +102,22 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
     ) -> RequestStream:
-        """Queue a prompt; refusals (InputError, EngineFull, EngineDead) are raised here, before any output."""
+        """Queue a prompt. Refusals are raised here, before any output.
+
+        Args:
+            prompt: as in `Engine.add_request`.
+            sampling_params: as in `Engine.add_request`.
+            request_id: as in `Engine.add_request`.
+            priority: as in `Engine.add_request`.
+
+        Returns:
+            The deltas as an async iterator.
+
+        Raises:
+            InputError: for what can never run, and behind a fork.
+            EngineFull: when `max_waiting` is reached.
+            EngineDead: once the engine has stopped or is closing.
+        """
         await self.check_health()
         loop = asyncio.get_running_loop()
         group = await asyncio.to_thread(self._engine.prepare, prompt, sampling_params, request_id, priority)
@@ -119,7 +137,22 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[OutputDelta, None]:
-        """Deltas of one prompt until its end. Cancelling or leaving the iteration aborts the request."""
+        """Deltas of one prompt until its end. Cancelling or leaving the iteration aborts the request.
+
+        Args:
+            prompt: as in `submit`.
+            sampling_params: as in `submit`.
+            request_id: as in `submit`.
+            priority: as in `submit`.
+
+        Returns:
+            The deltas as an async generator.
+
+        Raises:
+            InputError: as in `submit`, at the first delta.
+            EngineFull: likewise.
+            EngineDead: likewise, and at any delta once the engine has stopped.
+        """
         stream = await self.submit(prompt, sampling_params, request_id, priority)
         try:
             async for delta in stream:
@@ -128,14 +161,30 @@ class AsyncEngine:
             stream.abort()
 
     async def abort(self, request_id: str) -> bool:
-        """End a request; its stream ends with finish_reason "abort". False if it is unknown or has ended."""
+        """End a request; its stream ends with finish_reason "abort".
+
+        Args:
+            request_id: of the request.
+
+        Returns:
+            False if it is unknown or has ended.
+
+        Raises:
+            InputError: behind a fork.
+            EngineDead: once the engine has stopped.
+        """
         return bool(await asyncio.wrap_future(self._call(lambda: self._engine.abort(request_id))))
 
     async def stats(self) -> EngineStats:
+        """State and totals of the engine, between two of its steps. EngineDead once it has stopped."""
         return await asyncio.wrap_future(self._call(self._engine.stats))
 
     def drop(self, stream: RequestStream) -> None:
-        """Abort a request that nobody listens to any more."""
+        """Abort a request that nobody listens to any more; does not wait.
+
+        Args:
+            stream: of the request. One that has ended is left as it is.
+        """
 
         def leave() -> None:
             if self._streams.get(stream.request_id) is stream:
@@ -158,11 +207,25 @@ class AsyncEngine:
         self._process.check_thread()
 
     async def close(self, drain: bool = False) -> None:
-        """Stop: let requests finish (`drain`) or end them with finish_reason "abort"; accepts nothing new meanwhile."""
+        """Stop, and free the KV cache; accepts nothing new meanwhile.
+
+        Args:
+            drain: let requests finish, rather than end them with finish_reason "abort".
+
+        Raises:
+            InputError: behind a fork.
+        """
         await asyncio.to_thread(self.shutdown, drain)
 
     def shutdown(self, drain: bool = False) -> None:
-        """`close` for callers without an event loop; returns when the thread has ended."""
+        """`close` for callers without an event loop; returns when the thread has ended.
+
+        Args:
+            drain: as in `close`.
+
+        Raises:
+            InputError: behind a fork.
+        """
         self._process.check_thread()
         with self._gate:
             if self._dead is None:

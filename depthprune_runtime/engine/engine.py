@@ -23,22 +23,20 @@ from depthprune_runtime.engine.errors import EngineDead
 from depthprune_runtime.engine.inputs import Inputs, Limits, RequestGroup
 from depthprune_runtime.engine.kv_blocks import KVBlockPool
 from depthprune_runtime.engine.kv_cache import KVCache
-from depthprune_runtime.engine.memory import KVMemory, default_kv_memory, kv_bytes, num_kv_blocks
-from depthprune_runtime.engine.outputs import EngineStats, Logprob, OutputDelta, RequestOutput
-from depthprune_runtime.engine.params import MAX_OUTPUTS, SamplingParams
+from depthprune_runtime.engine.memory import kv_bytes, num_kv_blocks
+from depthprune_runtime.engine.news import alternatives, fail_in_text, group_result, new_text, output_delta
+from depthprune_runtime.engine.options import EngineOptions, engine_options
+from depthprune_runtime.engine.outputs import EngineStats, OutputDelta
+from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.process import Process
 from depthprune_runtime.engine.prompts import Prompt
 from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.runner import Runner
-from depthprune_runtime.engine.samplers import Choice, Likely, Samplers
+from depthprune_runtime.engine.samplers import Choice, Samplers
 from depthprune_runtime.engine.scheduler import Chunk, Scheduler
-from depthprune_runtime.engine.values import integer
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.decoder import Decoder
 
-KV_BLOCK_SIZE = 16  # tokens
-_MAX_SEQS = 2**16
-_MAX_COUNT = 2**31 - 1
 _log = logging.getLogger("depthprune_runtime")
 
 
@@ -55,59 +53,34 @@ class Engine:
     Args:
         decoder: the model's layers. `Runtime.engine` gives it, and inputs.
         inputs: turns prompts and parameters into requests.
-        kv_memory: of the KV cache: bytes (an int, or text such as "2GiB"), or a fraction in (0, 1] of the device's free
-            memory. None is 0.9 of a GPU's, 0.5 of a CPU's. Never more is taken than `max_num_seqs` full contexts need.
-        kv_block_size: tokens in a page of the cache.
-        max_num_seqs: outputs running at once.
-        max_num_batched_tokens: tokens computed in a step, prompts in chunks.
-        max_waiting: outputs in the waiting queue, None for any number.
-        enable_prefix_caching: reuse keys and values of equal beginnings.
-        decode_steps: tokens a request that may be computed before the engine looks at them, 1 to 16. It does so while
-            none waits and all are greedy or (on a GPU) sampled without filters, penalties and log-probabilities. Their
-            deltas come in bursts of as many. On a CPU a burst ends with the first request that does, and after 20 ms.
-        max_n: outputs of one prompt that a request may ask for; at most max_waiting, too.
-        max_logprobs: alternatives reported with each token that a request may ask for.
+        options: its sizes and limits; by default those of `EngineOptions()`.
+
+    Raises:
+        InputError: where the KV cache does not fit into memory, or not one kv_block into `kv_memory`.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         inputs: Inputs,
-        *,
-        kv_memory: KVMemory | None = None,
-        kv_block_size: int = KV_BLOCK_SIZE,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        max_waiting: int | None = 1024,
-        enable_prefix_caching: bool = True,
-        decode_steps: int = 8,
-        max_n: int = 128,
-        max_logprobs: int = 20,
+        options: EngineOptions | None = None,
     ) -> None:
-        kv_block_size = integer("kv_block_size", kv_block_size, 1, _MAX_SEQS)
-        max_num_seqs = integer("max_num_seqs", max_num_seqs, 1, _MAX_SEQS)
-        max_num_batched_tokens = integer(
-            "max_num_batched_tokens", max_num_batched_tokens, max_num_seqs, _MAX_COUNT, " (max_num_seqs)"
-        )
-        if max_waiting is not None:
-            max_waiting = integer("max_waiting", max_waiting, 1, _MAX_COUNT)
-        decode_steps = integer("decode_steps", decode_steps, 1, _MAX_COUNT)
-        max_n = integer("max_n", max_n, 1, MAX_OUTPUTS)
-        max_logprobs = integer("max_logprobs", max_logprobs, 0, _MAX_COUNT)
-        self._limits = Limits(min(max_n, max_waiting or max_n), max_logprobs)
+        self.options = options = engine_options(options, {})
+        self._limits = Limits(min(options.max_n, options.max_waiting or options.max_n), options.max_logprobs)
         self.inputs = inputs
         self._decoder = decoder
-        memory = kv_bytes(default_kv_memory(decoder.device) if kv_memory is None else kv_memory, decoder.device)
-        contexts = max_num_seqs * -(-decoder.spec.max_position_embeddings // kv_block_size) + max_num_seqs
-        count = num_kv_blocks(memory, decoder.spec, kv_block_size, decoder.dtype, contexts)
+        seqs, block_size = options.max_num_seqs, options.kv_block_size
+        memory = kv_bytes(options.kv_memory, decoder.device)
+        contexts = seqs * -(-decoder.spec.max_position_embeddings // block_size) + seqs
+        count = num_kv_blocks(memory, decoder.spec, block_size, decoder.dtype, contexts)
         try:
-            self._cache = KVCache(decoder.spec, count, kv_block_size, decoder.device, decoder.dtype)
+            self._cache = KVCache(decoder.spec, count, block_size, decoder.device, decoder.dtype)
         except RuntimeError as error:  # torch's out-of-memory errors
             raise InputError(f"kv_memory: {memory} bytes cannot be allocated; lower it ({error})") from error
-        self._pool = KVBlockPool(count, kv_block_size, enable_prefix_caching)
-        self._scheduler = Scheduler(self._pool, max_num_seqs, max_num_batched_tokens, max_waiting)
-        self._runner = Runner(decoder, self._cache, max_num_seqs)
-        self._decode_steps = min(decode_steps, self._runner.max_steps)
+        self._pool = KVBlockPool(count, block_size, options.enable_prefix_caching)
+        self._scheduler = Scheduler(self._pool, seqs, options.max_num_batched_tokens, options.max_waiting)
+        self._runner = Runner(decoder, self._cache, seqs)
+        self._decode_steps = min(options.decode_steps, self._runner.max_steps)
         self._groups: dict[str, RequestGroup] = {}
         self._samplers = Samplers(decoder.spec.vocab_size, decoder.device)
         self._news: list[OutputDelta] = []  # of aborted requests, for the next step
@@ -119,7 +92,13 @@ class Engine:
 
     @property
     def kv_cache_bytes(self) -> int:
+        """Bytes of the KV cache; 0 once the engine has stopped."""
         return self._cache.nbytes
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or stopped at a step that failed."""
+        return self._closed
 
     @property
     def max_cached_tokens(self) -> int:
@@ -133,13 +112,38 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
     ) -> RequestGroup:
-        """The first half of `add_request`: everything that needs no state of the engine. Any thread may call it."""
+        """The first half of `add_request`: everything that needs no state of the engine. Any thread may call it.
+
+        Args:
+            prompt: as in `add_request`.
+            sampling_params: as in `add_request`.
+            request_id: as in `add_request`.
+            priority: as in `add_request`.
+
+        Returns:
+            The outputs to queue with `add`.
+
+        Raises:
+            InputError: for a prompt or parameters that can never run.
+        """
         if request_id is None:  # random, so that no caller's own id is the same
             request_id = f"request-{next(self._numbers)}-{secrets.token_hex(8)}"
         return self.inputs.group(prompt, sampling_params, request_id, priority, limits=self._limits)
 
     def add(self, group: RequestGroup) -> str:
-        """Queue a prepared request; the second half of `add_request`."""
+        """Queue a prepared request; the second half of `add_request`.
+
+        Args:
+            group: what `prepare` made; it can be queued once.
+
+        Returns:
+            Its request_id.
+
+        Raises:
+            InputError: for an id in use, and for what never fits into the KV cache.
+            EngineFull: when `max_waiting` is reached.
+            EngineDead: after `close` or a failed step.
+        """
         self._require_alive()
         if group.request_id in self._groups:
             raise InputError(f"request_id: {group.request_id!r} is in use by an unfinished request")
@@ -154,10 +158,21 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
     ) -> str:
-        """Queue a prompt (text or token ids); returns its id.
+        """Queue a prompt.
 
-        priority: lower is sooner (see `Scheduler` for the rule). Raises InputError for what can never run, EngineFull
-        when `max_waiting` is reached, EngineDead after `close` or a failed step.
+        Args:
+            prompt: text, token ids, or one of vLLM's dictionaries.
+            sampling_params: by default the model's own.
+            request_id: 1 to 256 printable characters; by default one that nobody else has.
+            priority: lower is sooner (see `Scheduler` for the rule), -2**31 to 2**31 - 1.
+
+        Returns:
+            The request's id, which its deltas carry.
+
+        Raises:
+            InputError: for what can never run.
+            EngineFull: when `max_waiting` is reached.
+            EngineDead: after `close` or a failed step.
         """
         return self.add(self.prepare(prompt, sampling_params, request_id, priority))
 
@@ -169,8 +184,12 @@ class Engine:
     def step(self) -> list[OutputDelta]:
         """Compute one batch; what it brought each output, and the ends of those aborted since the last step.
 
-        A request that fails alone ends with finish_reason "error". An exception from here is a defect or a lost
-        device: the engine has then stopped for good. InputError behind a fork, where OpenMP's threads are missing.
+        A request that fails alone ends with finish_reason "error". Any other exception than the two below is a defect
+        or a lost device: the engine has then stopped for good.
+
+        Raises:
+            InputError: behind a fork, where OpenMP's threads are missing.
+            EngineDead: after `close` or a failed step.
         """
         self._require_alive()
         self._process.check(self._decoder.device)
@@ -228,21 +247,16 @@ class Engine:
             request.fail(choice.error)
         else:
             try:
-                request.append(choice.token, self._alternatives(choice.likely))
+                request.append(choice.token, alternatives(choice.likely, self.inputs))
             except Exception as error:
-                _fail_in_text(request, error)
+                fail_in_text(request, error)
         new = tuple(request.token_ids[before:])
         self._num_output_tokens += len(new)
         return self._delta(request, new, damaged=choice.error is not None)
 
-    def _alternatives(self, likely: Likely | None) -> dict[int, Logprob] | None:
-        if likely is None:
-            return None
-        return {t: Logprob(p, rank, self.inputs.token_text(t)) for t, p, rank in likely}
-
     def _delta(self, request: Request, new: tuple[int, ...], damaged: bool = False) -> OutputDelta:
         """News of a request; takes it out if it has ended."""
-        text, result = _new_text(request), None
+        text, result = new_text(request), None
         if request.finish_reason is not None:
             if request.error is not None:
                 _log.warning("request %s failed: %s", request.request_id, request.error)
@@ -253,24 +267,21 @@ class Engine:
             group.num_unfinished -= 1
             if group.num_unfinished == 0:
                 del self._groups[group.request_id]
-                result = _result(group)
-        logprobs = None
-        if request.params.logprobs is not None:
-            logprobs = tuple(request.logprobs[len(request.logprobs) - len(new) :]) if new else ()
-        return OutputDelta(
-            request.request_id,
-            request.output_index,
-            text,
-            new,
-            logprobs,
-            request.finish_reason,
-            request.stop_reason,
-            request.error,
-            result,
-        )
+                result = group_result(group)
+        return output_delta(request, text, new, result)
 
     def abort(self, request_id: str) -> bool:
-        """End a request and free its kv_blocks; its last delta comes with the next step. False if it has ended."""
+        """End a request and free its kv_blocks; its last delta comes with the next step.
+
+        Args:
+            request_id: of the request.
+
+        Returns:
+            False if it is unknown or has ended.
+
+        Raises:
+            EngineDead: after `close` or a failed step.
+        """
         self._require_alive()
         group = self._groups.get(request_id)
         if group is None:
@@ -281,7 +292,19 @@ class Engine:
                 self._news.append(self._delta(request, ()))
         return True
 
+    def abort_all(self) -> None:
+        """End all requests and free their kv_blocks; nothing more is told of them.
+
+        Raises:
+            EngineDead: after `close` or a failed step.
+        """
+        self._require_alive()
+        for request_id in list(self._groups):
+            self.abort(request_id)
+        self._news = []
+
     def stats(self) -> EngineStats:
+        """State and totals, at any time."""
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=self._scheduler.num_waiting,
@@ -321,21 +344,3 @@ class Engine:
         """Assert the invariants of scheduler and pool. For tests."""
         self._scheduler.check()
         self._samplers.check({r.arrival for g in self._groups.values() for r in g.requests if not r.finished})
-
-
-def _fail_in_text(request: Request, error: Exception) -> None:
-    request.fail(f"its text cannot be decoded: {type(error).__name__}: {error}")
-
-
-def _new_text(request: Request) -> str:
-    try:
-        return request.take_news()
-    except Exception as error:
-        _fail_in_text(request, error)
-        return ""
-
-
-def _result(group: RequestGroup) -> RequestOutput:
-    outputs = tuple(r.output() for r in group.requests)
-    cached = group.requests[0].num_cached_tokens
-    return RequestOutput(group.request_id, group.prompt, group.prompt_ids, outputs, True, cached)

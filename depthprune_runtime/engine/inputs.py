@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from depthprune_runtime.engine.params import MAX_OUTPUTS, SamplingParams
@@ -121,6 +121,18 @@ class Inputs:
             raise InputError(f"{what}: empty; expected at least one token")
         self.check_length(len(ids), what, room=1)
         return text, ids
+
+    def id_rows(self, ids: Any) -> tuple[bool, list[list[int]]]:
+        """Whether `ids` are nested, shape [B, S] rather than [S], and their rows: one, or B of equal lengths."""
+        values = ids.tolist() if hasattr(ids, "tolist") else ids
+        nested = isinstance(values, list | tuple) and len(values) > 0 and isinstance(values[0], Sequence)
+        if nested and not isinstance(values[0], str | bytes):
+            rows = [token_ids(f"ids[{i}]", row, self.spec.vocab_size) for i, row in enumerate(values)]
+        else:
+            nested, rows = False, [token_ids("ids", values, self.spec.vocab_size)]
+        if not rows[0] or len(set(map(len, rows))) > 1:
+            refuse("ids", "shape [S] or [B, S], not empty", [len(row) for row in rows])
+        return nested, rows
 
     def params(
         self,

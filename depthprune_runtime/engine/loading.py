@@ -6,8 +6,6 @@ panels where the kernels like those better. `mmap` leaves them in the mapped fil
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,9 @@ from depthprune_runtime import ops
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.host.huge_pages import HugePages, huge_pages_available
 from depthprune_runtime.model.decoder import WeightGetter
-from depthprune_runtime.model.linear import Weight
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.weights.panels import panel_shape, panels_pay
-from depthprune_runtime.weights.quantized import QuantizedWeight
+from depthprune_runtime.weights.rows import Stored
 
 
 def in_panels(spec: DecoderSpec, dtype: torch.dtype) -> frozenset[str]:
@@ -31,12 +28,12 @@ def in_panels(spec: DecoderSpec, dtype: torch.dtype) -> frozenset[str]:
 def decoder_weights(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mmap: bool, rounds_inputs: bool = True
 ) -> WeightGetter:
-    """What a decoder takes its weights from. rounds_inputs: see `QuantizedWeight`."""
+    """What a decoder takes its weights from. rounds_inputs: see `Weight`."""
     stored = _stored(checkpoint, device, dtype, mmap)
 
-    def weight(name: str) -> Weight:
+    def weight(name: str) -> Stored:
         found = stored(name)
-        return dataclasses.replace(found, rounds_inputs=rounds_inputs) if isinstance(found, QuantizedWeight) else found
+        return found if isinstance(found, Tensor) else found.with_inputs_rounded(rounds_inputs)
 
     return weight
 
@@ -55,7 +52,7 @@ def _stored(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, mm
             sizes.append(entry.nbytes if of_file else torch.Size(shape).numel() * dtype.itemsize)
     pages = HugePages(sum(map(HugePages.room, sizes)))
 
-    def copied(name: str) -> Weight:
+    def copied(name: str) -> Stored:
         weight = checkpoint.weight(name)
         if not isinstance(weight, Tensor):
             return weight.map(pages.copy)

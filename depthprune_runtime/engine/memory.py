@@ -1,4 +1,4 @@
-"""How much memory the KV cache may take: `kv_memory` as users give it, in bytes and kv_blocks."""
+"""How much memory the KV cache may take: `kv_memory` in bytes and kv_blocks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from pathlib import Path
 
 import torch
 
+from depthprune_runtime.engine.options import KVMemory
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.spec import DecoderSpec
-
-KVMemory = int | float | str
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-_EXPECTED = "bytes (2147483648 or '2GiB') or a fraction in (0, 1] of the device's free memory"
 
 
 def default_kv_memory(device: torch.device) -> float:
@@ -40,22 +35,15 @@ def free_memory(device: torch.device) -> int | None:
     return min(found)
 
 
-def kv_bytes(memory: KVMemory, device: torch.device) -> int:
-    """Bytes that `memory` stands for."""
-    if isinstance(memory, str):
-        match = _SIZE.fullmatch(memory)
-        unit = _UNITS.get(match[2].upper()) if match else None
-        if match is None or unit is None:
-            raise InputError(f"kv_memory: expected {_EXPECTED}, got {memory!r}")
-        return int(float(match[1]) * unit)
-    if isinstance(memory, float) and 0.0 < memory <= 1.0:
-        free = free_memory(device)
-        if free is None:
-            raise InputError(f"kv_memory: device {device} does not tell its free memory; give bytes, such as '2GiB'")
-        return int(memory * free)
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
+def kv_bytes(memory: KVMemory | None, device: torch.device) -> int:
+    """Bytes that `kv_memory`, as `EngineOptions` keeps it, stands for; None is the device's default."""
+    assert not isinstance(memory, str), "EngineOptions makes bytes of text"
+    if isinstance(memory, int):
         return memory
-    raise InputError(f"kv_memory: expected {_EXPECTED}, got {memory!r}")
+    free = free_memory(device)
+    if free is None:
+        raise InputError(f"kv_memory: device {device} does not tell its free memory; give bytes, such as '2GiB'")
+    return int((default_kv_memory(device) if memory is None else memory) * free)
 
 
 def kv_block_bytes(spec: DecoderSpec, kv_block_size: int, dtype: torch.dtype) -> int:

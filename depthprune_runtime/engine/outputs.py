@@ -22,9 +22,16 @@ class Logprob:
 class CompletionOutput:
     """One output of a request.
 
-    finish_reason: `stop` (end-of-sequence, stop id or stop string; stop_reason says which of the latter
-    two), `length`, `abort` (by the caller) or `error` (error says why). token_ids include the token that ended
-    the output, text does not.
+    Args:
+        index: from 0, among the n outputs of the prompt.
+        text: without the token or stop string that ended it.
+        token_ids: with the token that ended it.
+        cumulative_logprob: sum over token_ids, in nats; None if no log-probabilities were asked for.
+        logprobs: one entry a token, id -> its log-probability; None if not asked for.
+        finish_reason: `stop` (end-of-sequence, stop id or stop string), `length`, `abort` (by the caller) or `error`;
+            None while it runs.
+        stop_reason: the stop id or stop string; None at an end-of-sequence token and for other reasons.
+        error: why it failed.
     """
 
     index: int
@@ -42,7 +49,16 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its outputs. num_cached_tokens: prompt tokens whose keys and values were found in the cache."""
+    """A prompt and its outputs.
+
+    Args:
+        request_id: as it was queued; from `Runtime` the number of the prompt.
+        prompt: its text; None where only token ids were given.
+        prompt_token_ids: what the model was given.
+        outputs: n of them.
+        finished: whether all have ended.
+        num_cached_tokens: prompt tokens whose keys and values were found in the cache.
+    """
 
     request_id: str
     prompt: str | None
@@ -60,6 +76,7 @@ class RequestOutput:
         return self.text
 
     def to_json(self) -> dict[str, Any]:
+        """All fields as what `json.dumps` takes."""
         return dataclasses.asdict(self)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from depthprune_runtime.engine.stop_strings import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from depthprune_runtime.engine.values import as_integer, boolean, integer, listed_values, number, refuse, unicode_text
@@ -84,11 +85,38 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, whichever form it was given in."""
         return self.stop if isinstance(self.stop, tuple) else tuple(self.stop)
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of `SamplingParams`, all optional: its keyword arguments where a call takes them.
+
+    max_new_tokens: another name of max_tokens, as Transformers calls it.
+    """
+
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: str | tuple[str, ...] | list[str]
+    stop_token_ids: tuple[int, ...] | list[int]
+    ignore_eos: bool
+    max_tokens: int
+    max_new_tokens: int
+    logprobs: int | None
+    skip_special_tokens: bool
+    include_stop_str_in_output: bool
+    add_special_tokens: bool
+    split_special_tokens: bool
 
 
 def _at_least(name: str, value: object, least: int) -> int:

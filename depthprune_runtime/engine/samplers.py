@@ -53,7 +53,7 @@ class Samplers:
         return RequestSampler(params, mask, request.output_index, self._vocab_size)
 
     def of_all(self, requests: Sequence[Request]) -> list[RequestSampler] | None:
-        """None if one of them cannot be made; `choose` says which."""
+        """The sampler of each request; None if one cannot be made. `choose` then names that request."""
         try:
             return [self.of(r) for r in requests]
         except Exception:

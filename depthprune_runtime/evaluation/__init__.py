@@ -1,1 +1,1 @@
-"""Quality: perplexity of a text."""
+"""Quality: perplexity of a text, and zero-shot tasks."""

@@ -105,7 +105,7 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
         """What lm-eval's request cache is keyed by."""
         return self.runtime.name.replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """add_special_tokens: None adds them, unless a chat template has already written a BOS."""
         if add_special_tokens is None:
             add_special_tokens = not self._starts_with_bos(string)
@@ -118,11 +118,20 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
         return string.startswith(self.tokenizer.decode([bos], skip_special_tokens=False))
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt; without a generation prompt the last message is one that the model has begun to write."""
+        """The prompt; without a generation prompt the last message is one that the model has begun to write.
+
+        As in lm-eval's HFLM, a template that refuses the messages gets them without those of the system.
+        """
         tokenizer = self.runtime.require_tokenizer("it has no chat template")
-        if add_generation_prompt:
-            return tokenizer.apply_chat_template(chat_history)
-        return tokenizer.apply_chat_template(chat_history[:-1]) + chat_history[-1]["content"]
+        begun = not add_generation_prompt
+        try:
+            return tokenizer.apply_chat_template(chat_history, continue_final_message=begun)
+        except InputError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) in (0, len(chat_history)):
+                raise
+            logger.warning("%s; trying again without the system's messages", error)
+        return tokenizer.apply_chat_template(others, continue_final_message=begun)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval records about the model beside its results."""
@@ -136,7 +145,7 @@ class DepthpruneLM(TemplateLM):  # type: ignore[misc]
         self,
         requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]],  # (texts, context ids, continuation ids)
         disable_tqdm: bool = False,
-        **_options: Any,
+        **_options: object,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         with self._bar(disable_tqdm).stage("loglikelihood", len(pairs)) as advance:

@@ -73,7 +73,22 @@ def perplexity(
     rows: bool = False,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of `runtime` on `text`; rows: join the text's lines as the papers do (`texts.rows_joined`)."""
+    """Perplexity of a model on a text, in windows without overlap.
+
+    Args:
+        runtime: the model, with its tokenizer.
+        text: what to score.
+        seq_len: tokens in a window, 2 to the model's context.
+        windows: only the first so many; by default all that the text fills.
+        rows: join the text's lines as the papers do (`texts.rows_joined`).
+        progress: bars on stderr; by default none.
+
+    Returns:
+        The perplexity, and how many predictions it is over.
+
+    Raises:
+        InputError: for a text that is too short, and for logits that are not finite.
+    """
     limit = runtime.spec.max_position_embeddings
     if seq_len > limit:
         raise InputError(f"seq_len: expected at most the model's context of {limit}, got {seq_len}")

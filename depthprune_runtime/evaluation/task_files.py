@@ -19,7 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.paths import source_path
 from depthprune_runtime.texts import DATA_VARIABLE
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -61,14 +62,14 @@ class JsonlTask:
 def find_task(name: str) -> Path | None:
     """The file of a task given by path, or by a name found in the folder $DEPTHPRUNE_DATA."""
     if name.endswith(_SUFFIXES):
-        path = Path(name).expanduser()
+        path = source_path(name, "task")
         if not path.is_file():
             raise InputError(f"task {name}: no such file")
         return path
     folder = os.environ.get(DATA_VARIABLE)
     if not folder or not name or Path(name).name != name:
         return None
-    candidates = (Path(folder).expanduser() / (name + suffix) for suffix in _SUFFIXES)
+    candidates = [source_path(Path(folder) / (name + suffix), "task") for suffix in _SUFFIXES]
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -118,6 +119,8 @@ def _example(line: str, where: str) -> Example:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of levels
+        raise InputError(f"{where}: not JSON that can be read: {printable(error)}") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if "choices" in row:
@@ -132,25 +135,29 @@ def _example(line: str, where: str) -> Example:
     if "continuation" in row:
         context = _text(row, "context", where, empty=True)
         return Example("continuation", ((context, _DELIMITER + _text(row, "continuation", where)),))
-    raise InputError(f"{where}: expected a row with choices, contexts or a continuation, got {sorted(row)}")
+    raise InputError(f"{where}: expected a row with choices, contexts or a continuation, got {printable(sorted(row))}")
 
 
 def _text(row: Mapping[str, Any], key: str, where: str, empty: bool = False) -> str:
     text = row.get(key)
     if not isinstance(text, str) or not (text or empty):
-        raise InputError(f"{where}: {key}: expected {'a' if empty else 'a non-empty'} string, got {text!r}")
+        raise InputError(
+            f"{where}: {key}: expected {'a' if empty else 'a non-empty'} string, got {printable(repr(text))}"
+        )
     return text
 
 
 def _texts(row: Mapping[str, Any], key: str, where: str) -> list[str]:
     texts = row[key]
     if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) and t for t in texts):
-        raise InputError(f"{where}: {key}: expected a list of at least two non-empty strings, got {texts!r}")
+        raise InputError(
+            f"{where}: {key}: expected a list of at least two non-empty strings, got {printable(repr(texts))}"
+        )
     return texts
 
 
 def _gold(row: Mapping[str, Any], choices: int, where: str) -> int:
     gold = row.get("gold")
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < choices:
-        raise InputError(f"{where}: gold: expected an index from 0 to {choices - 1}, got {gold!r}")
+        raise InputError(f"{where}: gold: expected an index from 0 to {choices - 1}, got {printable(repr(gold))}")
     return gold

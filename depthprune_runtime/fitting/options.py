@@ -56,5 +56,12 @@ class RepairOptions:
             check_number("repair strength", self.strength, 0.0, 1.0)
 
     def suited(self, strength: float) -> RepairOptions:
-        """With `strength`, which suits the method, where none was chosen."""
+        """These options with a strength.
+
+        Args:
+            strength: what suits the method; it is taken where none was chosen.
+
+        Returns:
+            Options whose strength is decided.
+        """
         return self if self.strength is not None else replace(self, strength=strength)

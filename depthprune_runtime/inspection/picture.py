@@ -1,6 +1,6 @@
 """A picture of what pruning left: the parent's blocks by depth and type, kept, merged or dropped.
 
-Works from the JSON of `inspection.inspect` alone. Where the plan holds a ranking, a dropped sub-layer is
+Works from the JSON of `describe.inspect` alone. Where the plan holds a ranking, a dropped sub-layer is
 coloured by the distance from the dense model when it went, and carries its place in the order.
 """
 
@@ -30,10 +30,13 @@ class _Gone:
 
 
 def removals(plan: dict[str, Any] | None) -> tuple[dict[tuple[str, int], _Gone], str]:
-    """((kind, block) -> what is known, what the values are) from a plan's settings; empty where it says nothing."""
+    """Order and distance of what a plan removed.
+
+    Returns:
+        (kind, block) -> what the plan's settings say of it, empty where they say nothing; what its values mean.
+    """
     settings: dict[str, Any] = plan.get("settings", {}) if plan is not None else {}
-    if "ranking" in settings:
-        ranking = settings["ranking"]
+    if ranking := settings.get("ranking"):
         found = {(s["kind"], s["block"]): _Gone(s["step"], s["distance"]) for s in ranking}
         return found, f"distance after its removal ({_shown(settings['distance'])})"
     order = settings.get("removal_order")
@@ -124,7 +127,7 @@ def _legend(axes: Any, merged: bool, ordered: bool) -> None:
 def plot_map(
     description: dict[str, Any], path: str | Path, overwrite: bool = False, sources: Sequence[Path] = ()
 ) -> None:
-    """Draw the map of a model described by `inspection.inspect` into `path`, .png or .svg.
+    """Draw the map of a model described by `describe.inspect` into `path`, .png or .svg.
 
     overwrite: let `path` replace a file that is there, but never one of `sources`, the model's own. Raises InputError
     without matplotlib, and for another kind of file.

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.model.batch import Batch
-from depthprune_runtime.model.linear import Linear, Weight, embedding
+from depthprune_runtime.model.linear import Linear
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair, Sublayer, build_sublayer, normalised, plain
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
-from depthprune_runtime.weights.quantized import QuantizedWeight
+from depthprune_runtime.weights.rows import Stored, as_weight
+from depthprune_runtime.weights.weight import Weight
 
-WeightGetter = Callable[[str], Weight]
+WeightGetter = Callable[[str], Stored]
 
 
 class SublayerLoader:
@@ -27,21 +28,21 @@ class SublayerLoader:
         self._weight = weight
         self._rotary: dict[int, RotaryTable] = {}
 
+    def _stored(self, name: str) -> Stored:
+        return self._weight(name).to(self.device, self.dtype)
+
     def weight(self, name: str) -> Weight:
-        """Weight `name` on the device, in the compute dtype unless quantised; no copy where it already is."""
-        weight = self._weight(name)
-        if isinstance(weight, Tensor):
-            return weight.to(device=self.device, dtype=self.dtype)
-        return weight.to(self.device)
+        """Weight `name` on the device, rows in the compute dtype; no copy where it already is."""
+        return as_weight(self._stored(name))
 
     def tensor(self, name: str) -> Tensor:
-        """A weight that is not quantised."""
-        return plain(self.weight(name))
+        """A norm or a bias."""
+        return plain(self._stored(name))
 
     def sublayer(self, index: int) -> Sublayer:
         spec = self.spec.sublayers[index]
         prefix = f"sublayers.{index}."
-        tensors = {name.removeprefix(prefix): self.weight(name) for name in self.spec.sublayer_shapes(index)}
+        tensors = {name.removeprefix(prefix): self._stored(name) for name in self.spec.sublayer_shapes(index)}
         rotary = None
         if isinstance(spec, AttentionSpec):
             rotary = self._rotary.get(spec.head_dim)
@@ -71,17 +72,16 @@ class Decoder:
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether no quantised weight forbids that its inputs are rounded to 8 bits."""
+        """Whether no weight forbids that its inputs are rounded to 8 bits."""
         projections = [self.lm_head]
         for sublayer in self.sublayers:
             own = (sublayer.qkv, sublayer.o) if isinstance(sublayer, Attention) else (sublayer.gate_up, sublayer.down)
             projections.extend(own)
-        weights = (projection.weight for projection in projections)
-        return all(weight.rounds_inputs for weight in weights if isinstance(weight, QuantizedWeight))
+        return all(projection.weight.rounds_inputs for projection in projections)
 
     def embed(self, ids: Tensor) -> Tensor:  # [T] int64 -> [T, C]
         """The residual stream that enters the first sub-layer."""
-        return embedding(ids, self.embed_tokens, self.dtype)
+        return self.embed_tokens.rows(ids, self.dtype)
 
     def final(self, residual: Tensor, out: Tensor | None = None) -> Tensor:  # [T, C] -> [T, C]
         """The last norm, what `logits` takes. out: of the last sub-layer, is added to `residual` first, in place."""

@@ -15,22 +15,21 @@ from torch import Tensor
 
 from depthprune_runtime import ops
 from depthprune_runtime.model.batch import Batch
-from depthprune_runtime.model.linear import Linear, Weight
+from depthprune_runtime.model.linear import Linear
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.spec import AttentionSpec, FFNSpec, SublayerSpec
-from depthprune_runtime.weights.panels import PANEL_ROWS, PanelWeight
-from depthprune_runtime.weights.quantized import QuantizedWeight
+from depthprune_runtime.weights.rows import Stored, as_weight
 
 
-def plain(weight: Weight) -> Tensor:
-    """A tensor that is never quantised: norms and biases."""
-    assert isinstance(weight, Tensor)
-    return weight
+def plain(stored: Stored) -> Tensor:
+    """A tensor that is no weight of a projection: norms and biases."""
+    assert isinstance(stored, Tensor)
+    return stored
 
 
-def linear(tensors: Mapping[str, Weight], name: str) -> Linear:
+def linear(tensors: Mapping[str, Stored], name: str) -> Linear:
     bias = tensors.get(f"{name}.bias")
-    return Linear(tensors[f"{name}.weight"], None if bias is None else plain(bias))
+    return Linear(as_weight(tensors[f"{name}.weight"]), None if bias is None else plain(bias))
 
 
 KVPair = tuple[Tensor, Tensor]  # k_cache, v_cache: [N, P, K, D] each
@@ -92,7 +91,7 @@ class _Residual(ABC):
 class Attention(_Residual):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, spec: AttentionSpec, tensors: Mapping[str, Weight], eps: float, rotary: RotaryTable) -> None:
+    def __init__(self, spec: AttentionSpec, tensors: Mapping[str, Stored], eps: float, rotary: RotaryTable) -> None:
         self.spec = spec
         self.norm = plain(tensors["norm.weight"])  # [C]
         self.qkv = linear(tensors, "qkv_proj")  # [(H + 2K) D, C]
@@ -106,7 +105,7 @@ class Attention(_Residual):
 
     @property
     def output_weight(self) -> Tensor:  # [C, H D]
-        return self.o.dense()
+        return self.o.weight.dense()
 
     @property
     def output_bias(self) -> Tensor | None:  # [C]
@@ -157,7 +156,7 @@ class Attention(_Residual):
 class FFN(_Residual):
     """Gated FFN."""
 
-    def __init__(self, spec: FFNSpec, tensors: Mapping[str, Weight], eps: float) -> None:
+    def __init__(self, spec: FFNSpec, tensors: Mapping[str, Stored], eps: float) -> None:
         self.spec = spec
         self.norm = plain(tensors["norm.weight"])  # [C]
         self.gate_up = linear(tensors, "gate_up_proj")  # [2F, C], gate rows first
@@ -166,7 +165,7 @@ class FFN(_Residual):
 
     @property
     def output_weight(self) -> Tensor:  # [C, F]
-        return self.down.dense()
+        return self.down.weight.dense()
 
     @property
     def output_bias(self) -> Tensor | None:  # [C]
@@ -181,14 +180,7 @@ class FFN(_Residual):
     ) -> Tensor:  # [T or R, F]
         if select is not None:
             hidden = hidden[select]
-        weight = self.gate_up.weight
-        if isinstance(weight, Tensor):
-            return ops.gated_linear(hidden, weight, self.gate_up.bias)
-        if isinstance(weight, PanelWeight) and weight.out_features % (2 * PANEL_ROWS) == 0:
-            return ops.panel_linear(hidden, weight, self.gate_up.bias, gated=True)
-        if isinstance(weight, QuantizedWeight):
-            return ops.quantized_linear(hidden, weight, self.gate_up.bias, gated=True)
-        return ops.silu_mul(self.gate_up(hidden))
+        return self.gate_up.gated(hidden)
 
     def project(self, inner: Tensor) -> Tensor:  # [T, F] -> [T, C]
         return self.down(inner)
@@ -198,7 +190,7 @@ Sublayer = Attention | FFN
 
 
 def build_sublayer(
-    spec: SublayerSpec, tensors: Mapping[str, Weight], eps: float, rotary: RotaryTable | None
+    spec: SublayerSpec, tensors: Mapping[str, Stored], eps: float, rotary: RotaryTable | None
 ) -> Sublayer:
     """Sub-layer over `tensors` (short names, see `tensor_shapes`); attention needs its rotary table."""
     if isinstance(spec, FFNSpec):

@@ -26,6 +26,7 @@ from depthprune_runtime.ops.norm import add_rms_norm, head_rms_norm, rms_norm
 from depthprune_runtime.ops.norm_linear import norm_gated_linear, norm_linear, norm_logits
 from depthprune_runtime.ops.norm_qkv import norm_qkv
 from depthprune_runtime.ops.panel_linear import pack_panels, panel_linear
+from depthprune_runtime.ops.projection import projection
 from depthprune_runtime.ops.quantized_linear import quantized_linear
 from depthprune_runtime.ops.rotary import rotary
 from depthprune_runtime.ops.rotary_kv_write import rotary_kv_write
@@ -49,6 +50,7 @@ __all__ = [
     "pack_panels",
     "paged_attention",
     "panel_linear",
+    "projection",
     "quantized_linear",
     "rms_norm",
     "rotary",

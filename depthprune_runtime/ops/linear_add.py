@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from depthprune_runtime.ops._library import define
-from depthprune_runtime.ops._weight import Weight, pack, project
+from depthprune_runtime.ops.projection import packed_projection
+from depthprune_runtime.weights.packed import pack
+from depthprune_runtime.weights.rows import Stored
 
 
 def _linear_add(x: Tensor, residual: Tensor, weight: list[Tensor], layout: list[int], bias: Tensor | None) -> None:
-    residual.add_(project(x, weight, layout, bias))
+    residual.add_(packed_projection(x, weight, layout, bias))
 
 
 _linear_add_op = define(
@@ -20,7 +22,7 @@ _linear_add_op = define(
 def linear_add(
     x: Tensor,  # [T, K]
     residual: Tensor,  # [T, N], updated in place
-    weight: Weight,  # [N, K]
+    weight: Stored,  # [N, K]
     bias: Tensor | None = None,  # [N]
 ) -> None:
     """`residual += linear(x)`; kernels add in float32 and round once, the reference rounds the projection first."""

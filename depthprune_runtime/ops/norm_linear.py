@@ -15,15 +15,17 @@ from torch import Tensor
 
 from depthprune_runtime.kernels.launch_few_tokens import RUN
 from depthprune_runtime.ops._library import define
-from depthprune_runtime.ops._weight import Weight, pack, project
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.norm import rms_norm
+from depthprune_runtime.ops.projection import packed_projection
+from depthprune_runtime.weights.packed import pack
+from depthprune_runtime.weights.rows import Stored
 
 
 def _norm_linear(
     x: Tensor, norm: Tensor, eps: float, weight: list[Tensor], layout: list[int], bias: Tensor | None
 ) -> Tensor:
-    return project(rms_norm(x, norm, eps), weight, layout, bias)
+    return packed_projection(rms_norm(x, norm, eps), weight, layout, bias)
 
 
 def _norm_gated_linear(
@@ -54,7 +56,7 @@ def norm_linear(
     x: Tensor,  # [T, K]
     norm: Tensor,  # [K]
     eps: float,
-    weight: Weight,  # [N, K]
+    weight: Stored,  # [N, K]
     bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [T, N]
     """`linear(rms_norm(x))`."""
@@ -66,7 +68,7 @@ def norm_gated_linear(
     x: Tensor,  # [T, K]
     norm: Tensor,  # [K]
     eps: float,
-    weight: Weight,  # [2F, K], gate rows first
+    weight: Stored,  # [2F, K], gate rows first
     bias: Tensor | None = None,  # [2F]
 ) -> Tensor:  # [T, F]
     """The inner activations of the FFN from the residual stream: `silu_mul(linear(rms_norm(x)))`."""
@@ -78,7 +80,7 @@ def norm_logits(
     x: Tensor,  # [T, K]
     norm: Tensor,  # [K]
     eps: float,
-    weight: Weight,  # [V, K]
+    weight: Stored,  # [V, K]
 ) -> tuple[Tensor, Tensor, Tensor]:  # [T, V], [T, R] float32, [T, R] int32
     """Logits, and of each run of 16 of them the largest and its token (the first of equals).
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from depthprune_runtime.ops._library import define
-from depthprune_runtime.ops._weight import Weight, pack, project
 from depthprune_runtime.ops.norm import rms_norm
+from depthprune_runtime.ops.projection import packed_projection
 from depthprune_runtime.ops.rotary import rotary
+from depthprune_runtime.weights.packed import pack
+from depthprune_runtime.weights.rows import Stored
 
 
 def _norm_qkv(
@@ -32,7 +34,7 @@ def _norm_qkv(
         raise ValueError(f"norm_qkv: expected k_cache of shape [N, P, K, D], D >= 1, got {list(k_cache.shape)}")
     kv_heads, head_dim = k_cache.shape[2:]
     heads = layout[0] // head_dim - 2 * kv_heads
-    qkv = project(rms_norm(x, norm, eps), weight, layout, bias)
+    qkv = packed_projection(rms_norm(x, norm, eps), weight, layout, bias)
     q, k, v = qkv.view(x.shape[0], -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
     rotary(q, k, cos_sin, positions)
     written = slot_mapping >= 0
@@ -53,7 +55,7 @@ def norm_qkv(
     x: Tensor,  # [T, C]
     norm: Tensor,  # [C]
     eps: float,
-    weight: Weight,  # [(H + 2K) D, C]
+    weight: Stored,  # [(H + 2K) D, C]
     bias: Tensor | None,  # [(H + 2K) D]
     cos_sin: Tensor,  # [S, 2, D/2] float32
     positions: Tensor,  # [T] int64, < S

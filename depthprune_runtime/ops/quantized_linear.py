@@ -19,7 +19,7 @@ from torch import Tensor
 from depthprune_runtime.ops._library import define
 from depthprune_runtime.ops.activation import silu_mul
 from depthprune_runtime.ops.linear import linear
-from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec, dequantize
+from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 STRIP = 1 << 18  # weights that are dequantised at a time: their float32 stay in a core's second-level cache
 
@@ -36,8 +36,8 @@ def _quantized_linear(
     gated: bool,
 ) -> Tensor:
     spec = QuantSpec(bits, group_size, zeros is None)
-    weight = dequantize(codes, scales, zeros, spec, out_features, x.shape[1], x.dtype)
-    out = torch.nn.functional.linear(x, weight, bias)
+    weight = QuantizedWeight(spec, out_features, x.shape[1], codes, scales, zeros)
+    out = torch.nn.functional.linear(x, weight.dense(x.dtype), bias)
     return silu_mul(out) if gated else out
 
 
@@ -74,6 +74,6 @@ def _float_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, gated
     for strip in weight.strips(STRIP):
         last = first + strip.out_features
         part = None if bias is None else bias[first:last].float()
-        out[:, first:last] = linear(wide, strip.dequantize(), part)
+        out[:, first:last] = linear(wide, strip.dense(), part)
         first = last
     return silu_mul(out).to(x.dtype) if gated else out

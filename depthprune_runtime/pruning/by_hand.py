@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.paths import source_path
 from depthprune_runtime.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.amount import Amount
 from depthprune_runtime.pruning.method import METHODS, Method, MethodOptions, Task, load_method
@@ -85,9 +86,8 @@ def read_plan(source: PlanSource) -> PrunePlan:
     if isinstance(source, PrunePlan):
         return source
     from depthprune_runtime.checkpoint.gate import read_object
-    from depthprune_runtime.checkpoint.outputs import as_path
 
-    path = as_path(source, "plan")
+    path = source_path(source, "plan")
     if not path.is_file():
         raise InputError(f"plan {printable(path, 1000)}: no such file")
     data = read_object(path, _MAX_BYTES)

@@ -18,7 +18,7 @@ from depthprune_runtime.fitting.pieces import Piece
 from depthprune_runtime.pruning.flattengpt import merging
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, SublayerSpec
-from depthprune_runtime.weights.quantized import QuantizedWeight
+from depthprune_runtime.weights.rows import Stored
 
 _STRIP_ROWS_BYTES = 32 * 1024 * 1024  # of a float64 strip of input columns while gains are folded
 
@@ -131,7 +131,7 @@ class PrunedCheckpoint(Checkpoint):
         whole = len(piece.sources) == 1 and piece.keep is None
         return f"sublayers.{piece.sources[0]}.{short}" if whole else None
 
-    def weight(self, name: str) -> Tensor | QuantizedWeight:
+    def weight(self, name: str) -> Stored:
         source = self._source(name)
         return self.tensor(name) if source is None else self._parent.weight(source)
 

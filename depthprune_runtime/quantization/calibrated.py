@@ -21,7 +21,6 @@ from depthprune_runtime.fitting import projection as repair
 from depthprune_runtime.fitting.options import RepairOptions
 from depthprune_runtime.fitting.walk import Visit
 from depthprune_runtime.model.decoder import SublayerLoader
-from depthprune_runtime.model.linear import Weight
 from depthprune_runtime.model.sublayers import Attention, Sublayer
 from depthprune_runtime.quantization.gptq import DAMPING, gptq
 from depthprune_runtime.quantization.view import QuantizedCheckpoint
@@ -56,7 +55,8 @@ class Calibrated:
         first = f"{prefix}{'qkv' if attention else 'gate_up'}_proj.weight"
         second = f"{prefix}{'o' if attention else 'down'}_proj.weight"
         if first in self._quants:
-            self._put(first, self._loader.weight(first), _gram(visit.hidden(b) for b in range(len(visit.states))))
+            weight = self._loader.weight(first).dense()
+            self._put(first, weight, _gram(visit.hidden(b) for b in range(len(visit.states))))
             visit = dataclasses.replace(visit, sublayer=self._loader.sublayer(visit.index))
         if second in self._quants:
             weight = visit.sublayer.output_weight.float()
@@ -69,8 +69,7 @@ class Calibrated:
             self._put(second, weight, gram)
         return self._loader.sublayer(visit.index)
 
-    def _put(self, name: str, weight: Weight, gram: Tensor) -> None:
-        assert isinstance(weight, Tensor)
+    def _put(self, name: str, weight: Tensor, gram: Tensor) -> None:  # [N, K], [K, K]
         _check_finite(name, gram)
         self._view.put(name, gptq(weight, gram, self._quants[name], self._damping))
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint
 from depthprune_runtime.checkpoint.outputs import as_path, check_output
@@ -161,9 +160,7 @@ def quantized_view(
     rounded = [name for name in wanted if data is None or name == parent.spec.head_name]
     with progress.stage("round", len(rounded)) as advance:
         for name in rounded:
-            weight = parent.weight(name)
-            assert isinstance(weight, Tensor)
-            view.put(name, rtn(weight.to(device), wanted[name]))
+            view.put(name, rtn(parent.tensor(name).to(device), wanted[name]))
             advance()
     if data is not None:
         walk = Walk(parent, view, data.windows, device, parent.dtype, skip_equal=False)

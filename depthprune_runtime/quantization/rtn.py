@@ -8,9 +8,9 @@ A grid is a scale and a zero point. The narrowest that clips no weight of the gr
                  other sign; negative where n is that of a positive weight, since codes reach further down than up
     asymmetric   scale = (max(w, 0) - min(w, 0)) / (L - 1), zero = round(-min(w, 0) / scale)
 
-At 4 bits a narrower one clips the largest weights, but errs less on the others: of `_RATIOS` times that scale, each
-rounded to bfloat16 before codes are chosen, the one of the least squared error is taken, each column weighted by its
-importance. The same idea is in llama.cpp's `make_qx_quants` and in AWQ (arXiv 2306.00978, clipping).
+At 4 bits another one may err less, most often a narrower one, which clips the largest weights: of `_RATIOS` times that
+scale, each rounded to bfloat16 before codes are chosen, the one of the least squared error is taken, each column
+weighted by its importance. The same idea is in llama.cpp's `make_qx_quants` and in AWQ (arXiv 2306.00978, clipping).
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
-from depthprune_runtime.checkpoint.stored import dense, part_entries
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.pieces import Piece
 from depthprune_runtime.fitting.states import TensorStore
 from depthprune_runtime.weights.quantized import QuantizedWeight
+from depthprune_runtime.weights.rows import Stored
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -50,18 +50,18 @@ class QuantizedCheckpoint(Checkpoint):
         """Let weight `name` be `weight` from now on. Raises InputError if it came from weights that are not finite."""
         if not torch.isfinite(weight.scales).all():
             raise InputError(f"{self._parent.name}: expected finite weights, got infinite or NaN ones in {name}")
-        for entry in part_entries(name, weight.spec, *weight.shape):
-            self._store.put(entry.name, getattr(weight, entry.name.rpartition(".")[2]).cpu())
+        for part, tensor in weight.parts().items():
+            self._store.put(f"{name}.{part}", tensor.cpu())
         self._quantized[name] = weight.spec
 
-    def weight(self, name: str) -> Tensor | QuantizedWeight:
+    def weight(self, name: str) -> Stored:
         if f"{name}.codes" not in self._store.tensors:
             return self._parent.weight(name)
         quant = self._quantized[name]
-        rows, columns = self.spec.projections()[name]
-        parts = {part: self._store.tensors[f"{name}.{part}"] for part in quant.shapes(rows, columns)}
-        return QuantizedWeight(quant, rows, columns, parts["codes"], parts["scales"], parts.get("zeros"))
+        shape = self.spec.projections()[name]
+        parts = {part: self._store.tensors[f"{name}.{part}"] for part in quant.shapes(*shape)}
+        return QuantizedWeight.from_parts(quant, shape, parts)
 
     def tensor(self, name: str) -> Tensor:
         weight = self.weight(name)
-        return weight if isinstance(weight, Tensor) else dense(weight, self.dtype)
+        return weight if isinstance(weight, Tensor) else weight.dense(self.dtype)

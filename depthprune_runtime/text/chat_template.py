@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from depthprune_runtime.text.template_sandbox import BoundedEnvironment, render
 
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same thing
-_OPEN, _CLOSE = "\U000f0000", "\U000f0001"  # private characters around a special token that is text
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _MAX_LEVELS = 64  # of objects within objects in a message
 
@@ -42,9 +42,15 @@ class ChatTemplate:
     ) -> None:
         self._templates = dict(templates)
         self._special_tokens = dict(special_tokens)
-        texts = sorted((re.escape(text) for text in control if text), key=len, reverse=True)
-        self._control = re.compile("|".join(texts) or r"(?!)")
-        self._quoted = re.compile(f"{_OPEN}({self._control.pattern}){_CLOSE}")
+        texts = "|".join(sorted((re.escape(text) for text in control if text), key=len, reverse=True)) or r"(?!)"
+        self._control = re.compile(texts)
+        # Marks around a special token that is text. Nobody who writes a message knows them, and whatever a template
+        # does, escaping or `tojson`, leaves digits as they are. One of both is enough: a template may cut a text.
+        mark = secrets.randbelow(10**9)
+        self._open, self._close = f"{mark:09}1", f"{mark:09}2"
+        self._quoted = re.compile(
+            f"{self._open}({texts})(?:{self._close})?|({texts}){self._close}|{self._open}|{self._close}"
+        )
 
     def render(
         self,
@@ -101,7 +107,7 @@ class ChatTemplate:
     def _with_quotes(self, value: Any) -> Any:
         """`value` with marks around special tokens in its texts, but for names of keys and roles."""
         if isinstance(value, str):
-            return self._control.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", value)
+            return self._control.sub(lambda match: f"{self._open}{match[0]}{self._close}", value)
         if isinstance(value, list):
             return [self._with_quotes(inner) for inner in value]
         if isinstance(value, dict):
@@ -113,9 +119,11 @@ class ChatTemplate:
         quoted: list[tuple[int, int]] = []
         length = end = 0
         for match in self._quoted.finditer(prompt) if quote else ():
-            parts += prompt[end : match.start()], match[1]
-            length += match.start() - end + len(match[1])
-            quoted.append((length - len(match[1]), length))
+            text = match[1] or match[2] or ""
+            parts += prompt[end : match.start()], text
+            length += match.start() - end + len(text)
+            if text:
+                quoted.append((length - len(text), length))
             end = match.end()
         return Prompt("".join([*parts, prompt[end:]]), quoted)
 
@@ -153,7 +161,7 @@ def _plain(value: Any, what: str, level: int = 0) -> Any:
     if level > _MAX_LEVELS:
         raise InputError(f"{what}: expected at most {_MAX_LEVELS} levels of objects, got more")
     if isinstance(value, Mapping):
-        return {_plain(k, what, level + 1): _plain(v, f"{what}.{k}"[:100], level + 1) for k, v in value.items()}
+        return {_key(k, what): _plain(v, f"{what}.{k}"[:100], level + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v, f"{what}[{i}]", level + 1) for i, v in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -161,6 +169,13 @@ def _plain(value: Any, what: str, level: int = 0) -> Any:
     if callable(getattr(value, "model_dump", None)):  # pydantic, such as the messages of OpenAI's package
         return _plain(value.model_dump(), what, level + 1)
     raise InputError(f"{what}: expected text, numbers, lists and objects, got {type(value).__name__}")
+
+
+def _key(key: Any, what: str) -> Any:
+    plain = _plain(key, what)
+    if isinstance(plain, list | dict):
+        raise InputError(f"{what}: expected text as names, got {type(key).__name__}")
+    return plain
 
 
 def _conversation(messages: Any) -> list[dict[str, Any]]:

@@ -132,14 +132,17 @@ def _characters_apart(tokens: list[str]) -> list[str]:
     return found[:-1]
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level vocabularies: printable bytes stand for themselves, the others from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's table).
+
+    Printable bytes stand for themselves, the others for characters from U+0100 on.
+    """
+    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]
 
 
-_BYTES = _byte_alphabet()
+_BYTES = {character: byte for byte, character in enumerate(byte_characters())}
 
 
 def _spelled(token: str) -> str:

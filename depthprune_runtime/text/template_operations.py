@@ -25,6 +25,8 @@ from depthprune_runtime.text.template_meter import (
 _NO_METHODS = {"expandtabs", "maketrans", "to_bytes", "translate"}
 _PADDING = {"center", "ljust", "rjust", "zfill"}
 _SEARCHING = {"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"}  # slow for a long argument
+# what `%` formats by, but for names in parentheses; `%%` among them, so that what follows it is text
+_SPECIFIERS = re.compile(r"%[-#0 +]*\d*(?:\.\d*)?[hlL]?.?", re.DOTALL)
 _NUMBERS_MAKE_TEXT = {"batch", "center", "indent", "round", "slice", "tojson", "truncate"}
 
 
@@ -52,7 +54,7 @@ def power(left: Any, right: Any) -> Any:
 
 def remainder(left: Any, right: Any) -> Any:
     if isinstance(left, str):
-        _check_widths(left)
+        _check_widths(left if "%(" in left else "".join(_SPECIFIERS.findall(left)))
         if re.search(r"%(\(.*?\))?[-#0 +]*(\*|\d*\.\*)", left):
             raise TooMuch("it formats text with a width that is an argument")
         require_size(len(left) + left.count("%") * size_of(right))

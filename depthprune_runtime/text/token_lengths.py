@@ -15,6 +15,8 @@ from typing import Any
 
 import tokenizers
 
+from depthprune_runtime.text.detokenizer import byte_characters
+
 # Unicode composition makes one character of at most so many: U+03B1 U+0313 U+0300 U+0345 becomes U+1F82.
 _COMPOSED = 4
 _COMPOSING = ("NFC", "NFKC")
@@ -49,7 +51,7 @@ def token_lengths(tokenizer: tokenizers.Tokenizer) -> TokenLengths | None:
     if model.byte_fallback:
         alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     elif '"ByteLevel"' in json.dumps(pre_tokenizer):
-        alphabet = _byte_level_alphabet()
+        alphabet = byte_characters()
     else:
         return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -59,13 +61,6 @@ def token_lengths(tokenizer: tokenizers.Tokenizer) -> TokenLengths | None:
         return None
     dropped = "".join(chr(byte) for byte in missing if byte < 0x80)
     return TokenLengths(shrinks * max(map(len, vocabulary)), dropped)
-
-
-def _byte_level_alphabet() -> list[str]:
-    """The character that stands for each byte (GPT-2's table): itself where it can be printed."""
-    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]
 
 
 def _state(part: Any) -> Mapping[str, Any]:

@@ -11,9 +11,10 @@ import functools
 import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import tokenizers
+from typing_extensions import Unpack
 
 from depthprune_runtime.checkpoint.base import (
     CHAT_TEMPLATE_FILE,
@@ -21,7 +22,7 @@ from depthprune_runtime.checkpoint.base import (
     TOKENIZER_FILE,
     Checkpoint,
 )
-from depthprune_runtime.errors import InputError
+from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.host.heap import return_free_heap
 from depthprune_runtime.text.detokenizer import Detokenizer, is_library_error
 from depthprune_runtime.text.stream import TextStream
@@ -31,14 +32,20 @@ if TYPE_CHECKING:
     from depthprune_runtime.text.chat_template import Prompt
 
 _LONG = 8192  # characters: some milliseconds
-CHAT_OPTIONS = (
-    "tools",
-    "documents",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template_kwargs",
-)
+
+
+class ChatFields(TypedDict, total=False):
+    """What `Tokenizer.apply_chat_template` takes by keyword, all optional."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template: str | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+CHAT_OPTIONS = tuple(ChatFields.__annotations__)
 
 
 def _text_asset(checkpoint: Checkpoint, name: str) -> str | None:
@@ -79,7 +86,7 @@ class Tokenizer:
         except BaseException as error:
             if not is_library_error(error):
                 raise
-            raise InputError(f"{checkpoint.name}: its {TOKENIZER_FILE} cannot be read: {error}") from error
+            raise InputError(f"{checkpoint.name}: its {TOKENIZER_FILE} cannot be read: {printable(error)}") from error
         return_free_heap()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -152,7 +159,7 @@ class Tokenizer:
         """Text of the tokens that follow `prompt_ids`."""
         return TextStream(self.detokenizer, skip_special_tokens, prompt_ids)
 
-    def apply_chat_template(self, messages: Sequence[Any], **options: Any) -> str:
+    def apply_chat_template(self, messages: Sequence[Any], **options: Unpack[ChatFields]) -> str:
         """Prompt for a conversation, by the model's chat template.
 
         Args:
@@ -176,7 +183,7 @@ class Tokenizer:
         return self._render(messages, options, quote=False).text
 
     def encode_chat(
-        self, messages: Sequence[Any], split_special_tokens: bool = False, **options: Any
+        self, messages: Sequence[Any], split_special_tokens: bool = False, **options: Unpack[ChatFields]
     ) -> tuple[str, list[int]]:
         """The prompt of `apply_chat_template` and its token ids.
 
@@ -198,7 +205,7 @@ class Tokenizer:
                 ids.append(token)
         return prompt.text, ids
 
-    def _render(self, messages: Sequence[Any], options: Mapping[str, Any], quote: bool) -> Prompt:
+    def _render(self, messages: Sequence[Any], options: ChatFields, quote: bool) -> Prompt:
         if not self.chat_templates and options.get("chat_template") is None:
             raise InputError(f"{self.name}: it has no chat template; use generate with a plain prompt")
         unknown = sorted(set(options) - set(CHAT_OPTIONS))
@@ -221,8 +228,9 @@ def _chat_templates(file: str | None, config: Mapping[str, Any]) -> dict[str, st
     if isinstance(stated, str):
         stated = {"default": stated}
     elif isinstance(stated, list):
-        stated = {t.get("name"): t.get("template") for t in stated if isinstance(t, dict)}
+        named = [(t.get("name"), t.get("template")) for t in stated if isinstance(t, dict)]
+        stated = {name: text for name, text in named if isinstance(name, str)}
     found = dict(stated) if isinstance(stated, dict) else {}
     if file is not None:
         found["default"] = file
-    return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    return {name: text for name, text in found.items() if isinstance(text, str)}

@@ -11,12 +11,15 @@ them as they are; AVX2 and AVX-512 read them pair by pair, too. Files keep plain
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from depthprune_runtime.host.extension import extension
+from depthprune_runtime.weights.weight import Format
 
 PANEL_ROWS = 16
 _COLUMNS = 32  # rows are filled up to a multiple of it
@@ -50,6 +53,9 @@ def panels_pay() -> bool:
 class PanelWeight:
     """A projection's bfloat16 weight [out_features, in_features] in panels."""
 
+    format: ClassVar = Format.PANELS
+    precision: ClassVar = (0, 0)
+    rounds_inputs: ClassVar = True
     panels: Tensor  # [P, K' / 2, 16, 2]
     out_features: int
     in_features: int
@@ -70,15 +76,22 @@ class PanelWeight:
     def nbytes(self) -> int:
         return self.panels.nbytes
 
-    def rows(self, index: Tensor) -> Tensor:  # [T] int64 -> [T, K]
-        """Rows `index`, the lookup of an embedding."""
-        pairs = self.panels[index // PANEL_ROWS, :, index % PANEL_ROWS]  # [T, K' / 2, 2]
-        return pairs.flatten(1)[:, : self.in_features]
+    def parts(self) -> Mapping[str, Tensor]:
+        return {"panels": self.panels}
 
-    def dense(self) -> Tensor:  # [N, K]
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:  # [T] int64 -> [T, K]
+        pairs = self.panels[ids // PANEL_ROWS, :, ids % PANEL_ROWS]  # [T, K' / 2, 2]
+        return pairs.flatten(1)[:, : self.in_features].to(dtype)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:  # [N, K]
         """The weight as plain rows: a copy."""
-        return from_panels(self.panels, self.out_features, self.in_features)
+        return from_panels(self.panels, self.out_features, self.in_features).to(dtype or self.panels.dtype)
 
-    def to(self, device: torch.device) -> PanelWeight:
-        """The same weight on `device`; no copy where it already is."""
-        return PanelWeight(self.panels.to(device), self.out_features, self.in_features)
+    def map(self, function: Callable[[Tensor], Tensor]) -> PanelWeight:
+        return PanelWeight(function(self.panels), self.out_features, self.in_features)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PanelWeight:
+        return self.map(lambda panels: panels.to(device))
+
+    def with_inputs_rounded(self, allowed: bool) -> PanelWeight:
+        return self

@@ -19,17 +19,20 @@ have no meaning, except that the scale of a filling row is 0.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from depthprune_runtime.errors import InputError
+from depthprune_runtime.weights.weight import Format
 
 PANEL_ROWS = 16
 BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)
+_STRIP_ELEMENTS = 1 << 23  # of a weight, dequantised through float32 at a time
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class QuantizedWeight:
     rounds_inputs: whether kernels may round the inputs that it meets to 8 bits, which makes them several times faster.
     """
 
+    format: ClassVar = Format.CODES
     spec: QuantSpec
     out_features: int
     in_features: int
@@ -101,7 +105,22 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+        return sum(part.nbytes for part in self.parts().values())
+
+    @property
+    def precision(self) -> tuple[int, int]:
+        return self.spec.bits, self.spec.group_size
+
+    def parts(self) -> Mapping[str, Tensor]:
+        """By the names of `QuantSpec.shapes`."""
+        zeros = {} if self.zeros is None else {"zeros": self.zeros}
+        return {"codes": self.codes, "scales": self.scales} | zeros
+
+    @classmethod
+    def from_parts(cls, spec: QuantSpec, shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> QuantizedWeight:
+        """The weight of `shape` [N, K] that `parts` were taken from."""
+        rows, columns = shape
+        return cls(spec, rows, columns, parts["codes"], parts["scales"], parts.get("zeros"))
 
     @classmethod
     def from_codes(
@@ -140,25 +159,25 @@ class QuantizedWeight:
         width = tiles * (32 // self.spec.bits)
         return by_row.reshape(panels * PANEL_ROWS, width)[: self.out_features, : self.in_features]
 
-    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:  # [T] int64 -> [T, K]
-        """Dequantised rows `index`, the lookup of an embedding."""
-        panel, row = index // PANEL_ROWS, index % PANEL_ROWS
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:  # [T] int64 -> [T, K]
+        panel, row = ids // PANEL_ROWS, ids % PANEL_ROWS
         codes = self.codes[panel, :, row]  # [T, tiles, 4]
         if self.spec.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=2)
-        wide = codes.reshape(index.shape[0], -1, self.spec.group_size).float()  # [T, groups, G]
+        wide = codes.reshape(ids.shape[0], -1, self.spec.group_size).float()  # [T, groups, G]
         zero = self.spec.levels / 2 if self.zeros is None else self.zeros[panel, :, row].float()[..., None]
         scaled = (wide - zero) * self.scales[panel, :, row].float()[..., None]
         return scaled.flatten(1)[:, : self.in_features].to(dtype)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedWeight:
-        """The same weight with every tensor replaced by `function` of it."""
         zeros = None if self.zeros is None else function(self.zeros)
         return dataclasses.replace(self, codes=function(self.codes), scales=function(self.scales), zeros=zeros)
 
-    def to(self, device: torch.device) -> QuantizedWeight:
-        """The same weight on `device`; no copy where it already is."""
-        return self.map(lambda tensor: tensor.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
+        return self.map(lambda part: part.to(device))
+
+    def with_inputs_rounded(self, allowed: bool) -> QuantizedWeight:
+        return dataclasses.replace(self, rounds_inputs=allowed)
 
     def strips(self, elements: int) -> Iterator[QuantizedWeight]:
         """The weight cut into runs of whole panels of about `elements` elements, one after the other; views."""
@@ -171,9 +190,26 @@ class QuantizedWeight:
                 self, out_features=rows, codes=self.codes[part], scales=self.scales[part], zeros=zeros
             )
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
-        """The weight that the codes stand for, rounded to `dtype`."""
-        return dequantize(self.codes, self.scales, self.zeros, self.spec, self.out_features, self.in_features, dtype)
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:  # [N, K]
+        """The weight that the codes stand for, some panels at a time, since it goes through float32."""
+        wanted = dtype or torch.float32
+        strips = list(self.strips(_STRIP_ELEMENTS))
+        if len(strips) == 1:
+            return self._dequantized().to(wanted)
+        made = self.scales.new_empty(self.shape, dtype=wanted)
+        first = 0
+        for strip in strips:
+            made[first : first + strip.out_features] = strip._dequantized()
+            first += strip.out_features
+        return made
+
+    def _dequantized(self) -> Tensor:  # [N, K] float32
+        zero = self.spec.levels / 2 if self.zeros is None else self._by_row(self.zeros)
+        return (self.unpack().float() - zero) * self._by_row(self.scales)
+
+    def _by_row(self, values: Tensor) -> Tensor:  # [P, groups, 16] -> [N, K] float32
+        rows = values.float().transpose(1, 2).flatten(0, 1)[: self.out_features]
+        return rows.repeat_interleave(self.spec.group_size, dim=1)[:, : self.in_features]
 
 
 def _to_panels(values: Tensor, panels: int) -> Tensor:  # [N, G] -> [P, G, 16]
@@ -181,23 +217,3 @@ def _to_panels(values: Tensor, panels: int) -> Tensor:  # [N, G] -> [P, G, 16]
     filled = values.new_zeros(panels * PANEL_ROWS, groups)
     filled[:rows] = values
     return filled.view(panels, PANEL_ROWS, groups).transpose(1, 2).contiguous()
-
-
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    spec: QuantSpec,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:  # [N, K]
-    """See `QuantizedWeight.dequantize`; on any device."""
-    weight = QuantizedWeight(spec, out_features, in_features, codes, scales, zeros)
-
-    def by_row(values: Tensor) -> Tensor:  # [P, groups, 16] -> [N, K]
-        rows = values.float().transpose(1, 2).flatten(0, 1)[:out_features]
-        return rows.repeat_interleave(spec.group_size, dim=1)[:, :in_features]
-
-    zero = spec.levels / 2 if zeros is None else by_row(zeros)
-    return ((weight.unpack().float() - zero) * by_row(scales)).to(dtype)

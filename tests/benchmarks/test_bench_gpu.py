@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import bench_gpu
 import pytest
@@ -23,6 +25,7 @@ from public_models import decode_bytes, prefill_flops
 from depthprune_runtime.model.batch import packed
 
 ROOT = Path(__file__).resolve().parents[2]
+DryRun = Callable[..., tuple[list[dict[str, Any]], str]]  # arguments -> (rows, what it said)
 
 PUBLIC = {"llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-3-8b": 8_030_261_248}
 
@@ -176,20 +179,28 @@ def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a dry run that measures nothing; add --quick" in capsys.readouterr().err
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_gpu.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+@pytest.fixture
+def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[DryRun]:
+    """Its main function on the CPU, here: importing Transformers again would take longer than the run."""
+
+    def run_here(*arguments: str) -> tuple[list[dict[str, Any]], str]:
+        monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--device", "cpu", "--quick", "--json", *arguments])
+        bench_gpu.main()
+        out, err = capsys.readouterr()
+        return json.loads(out), err
+
+    gc.collect()
+    gc.freeze()  # it collects often, and what other tests hold is most of what there is
+    yield run_here
+    gc.unfreeze()
 
 
-def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
+def test_a_dry_run_takes_every_path(dry_run: DryRun, tmp_path: Path) -> None:
     output = tmp_path / "rows.csv"
-    done = run("--device", "cpu", "--quick", "--tokens", "4", "--rounds", "1", "--json", "--output", str(output))
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows, said = dry_run("--tokens", "4", "--rounds", "1", "--output", str(output))
     stored = list(csv.DictReader(output.open(newline="")))
     assert len(rows) == len(stored) > 50
-    assert "skipped" not in done.stderr
+    assert "skipped" not in said
     for row in rows:
         assert row["median"] > 0
         assert row["machine"] and row["versions"] and row["commit"] and row["command"]
@@ -202,16 +213,16 @@ def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
     assert {r["case"].split()[0] for r in rows if r["unit"] == "us"} == set(bench_gpu.KERNELS)
 
 
-def test_a_spent_budget_stops_after_the_machine() -> None:
-    done = run("--device", "cpu", "--quick", "--minutes", "0", "--json")
-    assert done.returncode == 0, done.stderr
-    assert {row["runtime"] for row in json.loads(done.stdout)} == {"machine"}
-    assert "skipped: tiny linear: the 0 minutes are over" in done.stderr
+def test_a_spent_budget_stops_after_the_machine(dry_run: DryRun) -> None:
+    rows, said = dry_run("--minutes", "0")
+    assert {row["runtime"] for row in rows} == {"machine"}
+    assert "skipped: tiny linear: the 0 minutes are over" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_gpu_it_says_so() -> None:
-    done = run()
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "bench_gpu: no CUDA device here; `--device cpu --quick` only tries the code"
 

@@ -16,6 +16,8 @@ import depthprune_runtime
 from depthprune_runtime import InputError
 from depthprune_runtime.checkpoint import open_checkpoint
 
+INDEX, SHARD = "model.safetensors.index.json", "part.safetensors"
+
 
 @pytest.fixture
 def folder(pico_llama, tmp_path):
@@ -65,13 +67,15 @@ def test_configs_that_do_not_fit_are_one_line(folder, changes, message):
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("file", ["config.json", INDEX])
 @pytest.mark.parametrize(
     "content",
     [b"{", b"[]", b"3", b"\xff\xfe{}", b'{"a":' * 5000, b"[" * 100_000, b'{"a": NaN}', b'{"a": 1' + b"0" * 400 + b"}",
      b'{"a": 1, "a": 2}'],
 )  # fmt: skip
 def test_files_that_are_not_what_they_should_be_are_one_line(folder, file, content):
+    (folder / "model.safetensors").rename(folder / SHARD)
+    (folder / INDEX).write_text('{"weight_map": {}}')
     (folder / file).write_bytes(content)
     with pytest.raises(InputError, match=rf"model/{file}: ") as error:
         dict(open_checkpoint(folder).assets)
@@ -87,12 +91,13 @@ def test_files_that_are_not_what_they_should_be_are_one_line(folder, file, conte
         ([], "not a weight index"),
         ({"a": "x" * 300}, "cannot be read: File name too long"),
         ({"a": "x\x1b[31m"}, r"1 shards are missing, x\\x1b\[31m first"),
-        ({"__metadata__": "model.safetensors"}, "tensor __metadata__, which the index places here, is missing"),
-        ({"lm_head.weights": "model.safetensors"}, r"tensor lm_head\.weights, which the index places here, is missing"),
+        ({"__metadata__": SHARD}, "tensor __metadata__, which the index places here, is missing"),
+        ({"lm_head.weights": SHARD}, r"tensor lm_head\.weights, which the index places here, is missing"),
     ],
 )
 def test_indexes_that_name_no_shard_are_one_line(folder, weight_map, message):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").rename(folder / SHARD)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InputError, match=message) as error:
         open_checkpoint(folder)
     assert str(error.value).isprintable()
@@ -101,8 +106,8 @@ def test_indexes_that_name_no_shard_are_one_line(folder, weight_map, message):
 
 @pytest.mark.parametrize("name", [3, None, ["b"], {}, "", "/etc/passwd", "../x.safetensors", "b/../../x", "x\0y"])
 def test_shards_lie_in_the_folder_of_their_index(folder, name):
-    (folder.parent / "x").write_bytes((folder / "model.safetensors").read_bytes())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    (folder / "model.safetensors").rename(folder.parent / "x")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     with pytest.raises(InputError, match=r"index\.json: weight_map: expected names of files in this folder, got "):
         open_checkpoint(folder)
 

@@ -69,6 +69,16 @@ def test_weights_are_aligned_and_mapped_without_a_copy(pico_file):
     assert runtime.decoder.norm.data_ptr() == mapped.data_ptr()
 
 
+def test_only_the_file_that_is_asked_for_is_read(pico_file, pico_llama, monkeypatch):
+    read = []
+    asset = NativeCheckpoint._asset
+    monkeypatch.setattr(NativeCheckpoint, "_asset", lambda self, name: read.append(name) or asset(self, name))
+    assets = open_checkpoint(pico_file).assets
+    assert "tokenizer.json" in assets and "nothing.json" not in assets and not read
+    assert assets["tokenizer_config.json"] == open_checkpoint(pico_llama[1]).assets["tokenizer_config.json"]
+    assert read == ["assets.tokenizer_config.json"]
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_noticed(pico_file, tmp_path, where, bit):

@@ -186,3 +186,19 @@ def test_shards_of_one_name_in_several_folders(pico_llama, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     ours, theirs = open_checkpoint(folder), open_checkpoint(pico_llama[1])
     assert ours.checksums() == theirs.checksums()
+
+
+def test_a_single_file_counts_and_not_an_index_beside_it(pico_llama, tmp_path, caplog):
+    """As in Transformers: an index may be left over from before the model was saved as one file."""
+    folder = shutil.copytree(pico_llama[1], tmp_path / "m")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "gone"}}))
+    assert open_checkpoint(folder).checksums() == open_checkpoint(pico_llama[1]).checksums()
+    assert "has both model.safetensors and model.safetensors.index.json" in caplog.text
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(pico_llama, tmp_path):
+    folder = shutil.copytree(pico_llama[1], tmp_path / "m")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").symlink_to("/proc/self/mem")  # a file whose first page cannot be read
+    with pytest.raises(InputError, match=r"m/generation_config\.json: cannot be read: Input/output error"):
+        dict(open_checkpoint(folder).assets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pico
 import pytest
@@ -12,6 +13,7 @@ from gguf_files import write_gguf
 
 from depthprune_runtime import InputError
 from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.checkpoint.gguf_tokenizer import _merges_by_score
 from depthprune_runtime.text.tokenizer import Tokenizer
 
 K = "tokenizer.ggml."
@@ -95,6 +97,28 @@ def test_all_end_tokens_are_read(model, tmp_path):
     assert ends(eos_token_id=None, eot_token_id=3)["eos_token_id"] == 3
     with pytest.raises(InputError, match=r"m\.gguf: tokenizer\.ggml\.eot_token_id: expected an id below 384, got 384"):
         ends(eot_token_id=pico.VOCAB_SIZE)
+
+
+def test_control_tokens_that_end_a_turn_do_so_without_a_key(model, tmp_path):
+    """As in llama.cpp: a converter names one of `<|im_end|>` and `<|endoftext|>` only, and a model writes both."""
+    tokens = [*byte_level()[K + "tokens"][:-3], "<|endoftext|>", "<|im_end|>", "<|eot_id|>"]
+    types = [1] * (len(tokens) - 3) + [3, 3, 1]  # the last one is text
+    files = opened(model, tmp_path, byte_level(tokens=tokens, token_type=types, merges=["a b"])).assets
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == [1, len(tokens) - 3, len(tokens) - 2]
+    files = opened(model, tmp_path, byte_level(tokens=tokens, token_type=types, eos_token_id=len(tokens) - 2)).assets
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == [len(tokens) - 2, len(tokens) - 3]
+
+
+def test_chat_templates_with_names(model, tmp_path):
+    metadata = byte_level() | {
+        "tokenizer.chat_template.tool_use": "{{ tools[0].name }}",
+        "tokenizer.chat_template.x": 3,
+    }
+    tokenizer = Tokenizer(opened(model, tmp_path, metadata))
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, tools=[{"name": "f"}]) == "f"
+    assert tokenizer.apply_chat_template(messages).startswith("<|user|>")
+    assert set(tokenizer.chat_templates) == {"default", "tool_use"}
 
 
 @pytest.mark.parametrize(
@@ -189,6 +213,24 @@ def test_sentencepiece_merges_by_score(model, tmp_path, text):
         found = tokenizer.encode(text)
         assert [ids[i] for i in found] == ["<s>", *best_joins(spaced)]
         assert tokenizer.decode(found) == text
+
+
+class Cut(str):
+    """A piece that remembers how often it was cut."""
+
+    cuts = 0
+
+    def __getitem__(self, part):
+        Cut.cuts += 1
+        return super().__getitem__(part)
+
+
+def test_a_long_piece_is_cut_only_where_two_pieces_can_meet():
+    pieces = [Cut(text) for text in ("a", "b", "aa", "aab", "a" * 10_000)]
+    vocabulary = SimpleNamespace(tokens=pieces, ids={t: i for i, t in enumerate(pieces)}, types=[1] * len(pieces))
+    merges = _merges_by_score({K + "scores": [0.0] * len(pieces)}, vocabulary)
+    assert merges == [["a", "a"], ["aa", "b"]]
+    assert Cut.cuts < 100
 
 
 def test_sentencepiece_bytes_and_special_tokens(model, tmp_path):

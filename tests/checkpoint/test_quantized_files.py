@@ -11,7 +11,6 @@ import xxhash
 from depthprune_runtime import InputError, Runtime, prune, quantize
 from depthprune_runtime.checkpoint import open_checkpoint, write_native
 from depthprune_runtime.checkpoint.container import read_header
-from depthprune_runtime.checkpoint.stored import dense
 from depthprune_runtime.pruning.plan import Drop, Flatten, PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
@@ -47,14 +46,7 @@ def test_tensor_is_what_the_codes_stand_for(quantized_file):
     for name in checkpoint.quantization:
         weight = checkpoint.weight(name)
         assert isinstance(weight, QuantizedWeight)
-        assert torch.equal(checkpoint.tensor(name), weight.dequantize(checkpoint.dtype))
-
-
-def test_dense_by_strips_is_dequantize(quantized_file, monkeypatch):
-    monkeypatch.setattr("depthprune_runtime.checkpoint.stored._STRIP_ELEMENTS", 3000)
-    weight = open_checkpoint(quantized_file).weight("sublayers.1.gate_up_proj.weight")
-    for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(dense(weight, dtype), weight.dequantize(dtype))
+        assert torch.equal(checkpoint.tensor(name), weight.dense(checkpoint.dtype))
 
 
 def test_codes_are_mapped_and_aligned(quantized_file):

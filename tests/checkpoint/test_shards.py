@@ -209,7 +209,7 @@ def test_sizes(given, nbytes):
     assert parse_size(given) == nbytes
 
 
-@pytest.mark.parametrize("given", ["", "GB", "5 parsecs", 0, -1, 1.5, True, None, "0.1", "-5GB"])
+@pytest.mark.parametrize("given", ["", "GB", "5 parsecs", 0, -1, 1.5, True, None, "0.1", "-5GB", "9" * 400 + "GB"])
 def test_impossible_sizes_are_refused(given):
     with pytest.raises(InputError, match="max_shard_size"):
         parse_size(given)

@@ -14,6 +14,8 @@ from gguf_files import write_gguf
 
 from depthprune_runtime import InputError, Runtime
 from depthprune_runtime.checkpoint import open_checkpoint
+from depthprune_runtime.evaluation.task_files import find_task
+from depthprune_runtime.texts import load_text
 
 IDS = list(range(2, 42))
 
@@ -55,6 +57,48 @@ def test_gguf_rope_factors_are_llama3_scaling(tmp_path):
         theirs = model(torch.tensor([IDS])).logits[0]
     assert runtime.spec.rope.kind == "factors"
     assert float((runtime.logits(IDS) - theirs).norm() / theirs.norm()) <= 1e-5
+
+
+TYPE, FACTOR, OLD = "llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scale_linear"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "stretch"),
+    [
+        ({}, 1.0),
+        ({TYPE: "none", FACTOR: 4.0}, 1.0),
+        ({TYPE: "linear", FACTOR: 4.0}, 4.0),
+        ({FACTOR: 4.0}, 4.0),
+        ({OLD: 2.0}, 2.0),
+        ({FACTOR: 4.0, OLD: 2.0}, 4.0),
+        ({TYPE: "linear"}, 1.0),
+    ],
+)
+def test_gguf_positions_are_stretched_as_llama_cpp_does(metadata, stretch, tmp_path):
+    """Its frequencies are divided by the factor and by `rope_freqs`, if there are both; a missing type is linear."""
+    model = pico.build_model("llama", num_hidden_layers=1)
+    rope = open_checkpoint(write_gguf(model, tmp_path / "m.gguf", metadata=metadata)).spec.rope
+    assert (rope.kind, rope.factor) == (("default", 1.0) if stretch == 1 else ("linear", stretch))
+    factors = np.arange(1, model.config.head_dim // 2 + 1, dtype=np.float32)
+    path = write_gguf(model, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors}, metadata=metadata)
+    assert open_checkpoint(path).spec.rope.factors == tuple(stretch * factors)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({TYPE: "yarn", FACTOR: 4.0}, r"rope\.scaling\.type: expected 'none' or 'linear', got 'yarn'"),
+        ({TYPE: 3}, r"rope\.scaling\.type: expected 'none' or 'linear', got 3"),
+        ({FACTOR: 0.0}, r"rope\.scaling\.factor: expected a positive number"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, r"rope\.scaling\.attn_factor: values other than 1\.0"),
+    ],
+)
+def test_gguf_positions_of_another_kind_are_refused(metadata, message, tmp_path):
+    model = pico.build_model("llama", num_hidden_layers=1)
+    factors = np.ones(model.config.head_dim // 2, dtype=np.float32)
+    path = write_gguf(model, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors}, metadata=metadata)
+    with pytest.raises(InputError, match=rf"m\.gguf: llama\.{message}"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "F16", "BF16"])
@@ -120,6 +164,11 @@ def change_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def with_index(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -139,8 +188,8 @@ def change_config(folder, **changes):
         (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "damaged or not a safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-7]), "truncated"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded"),
-        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}'), "shards are missing"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not a weight index"),
+        (lambda f: with_index(f, '{"weight_map": {"a": "b"}}'), "shards are missing"),
+        (lambda f: with_index(f, "[]"), "not a weight index"),
     ],
 )
 def test_bad_folders_are_one_line(folder, damage, message):
@@ -154,3 +203,21 @@ def test_missing_paths():
     for name in ("nowhere.safetensors", "/nowhere/at/all", "a b"):
         with pytest.raises(InputError, match="no such file or folder"):
             open_checkpoint(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a" * 300, r"aaa(\.\.\.)?: cannot be read: File name too long"),
+        ("~nobody-of-this-name/m", "~nobody-of-this-name/m: cannot be read: Could not determine home directory"),
+        (b"m", "expected a path, got b'm'"),
+        (None, "expected a path, got None"),
+    ],
+)
+def test_names_that_no_file_can_have(name, message):
+    readers = {"model": open_checkpoint}
+    if isinstance(name, str):
+        readers |= {"text": load_text, "task": lambda name: find_task(name + ".jsonl")}
+    for what, read in readers.items():
+        with pytest.raises(InputError, match=f"^{what}.*{message if what != 'task' else 'cannot be read'}"):
+            read(name)

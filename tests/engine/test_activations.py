@@ -13,8 +13,8 @@ from depthprune_runtime import Runtime, quantize
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
-from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.model.steps.cpu import DecodeStep
 from depthprune_runtime.ops import quantized_linear, silu_mul
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
@@ -35,7 +35,7 @@ def dense(path, dtype: torch.dtype) -> Decoder:
 
     def weight(name: str):
         found = checkpoint.weight(name)
-        return found.dequantize(torch.float64).to(dtype) if isinstance(found, QuantizedWeight) else found
+        return found.dense(torch.float64).to(dtype) if isinstance(found, QuantizedWeight) else found
 
     return Decoder(checkpoint.spec, weight, CPU, dtype)
 
@@ -59,7 +59,7 @@ def test_decoding_is_that_of_the_dequantised_model(quantised):
     """Every decoded token, from the cache, has the log-probability of one forward pass of the dense model."""
     runtime = Runtime.load(quantised, "cpu", activations="fp32", dtype="fp32")
     assert runtime.decoder.rounds_inputs is False
-    assert build_decode_step(runtime.decoder, [None] * len(runtime.decoder.sublayers)) is None
+    assert "rounds the inputs" in DecodeStep.refuses(runtime.decoder)
     prompt = IDS.tolist()
     (output,) = runtime.generate([prompt], max_new_tokens=12, temperature=0.0, ignore_eos=True, logprobs=0)
     (completion,) = output.outputs
@@ -89,8 +89,8 @@ def test_the_op_is_as_accurate_as_the_dense_one(bits, gated, tokens, monkeypatch
     x = torch.randn(tokens, columns, generator=generator)
     x[:, 7] *= 1000
     x, bias = x.bfloat16(), torch.randn(rows, generator=generator).bfloat16()
-    truth = torch.nn.functional.linear(x.double(), weight.dequantize().double(), bias.double())
-    same = torch.nn.functional.linear(x, weight.dequantize().bfloat16(), bias)
+    truth = torch.nn.functional.linear(x.double(), weight.dense().double(), bias.double())
+    same = torch.nn.functional.linear(x, weight.dense().bfloat16(), bias)
     if gated:
         gate, up = truth.chunk(2, -1)
         truth, same = torch.nn.functional.silu(gate) * up, silu_mul(same)

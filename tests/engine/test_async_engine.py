@@ -14,6 +14,7 @@ from specs import plain_spec
 from depthprune_runtime import InputError, SamplingParams
 from depthprune_runtime.engine import runner
 from depthprune_runtime.engine.async_engine import AsyncEngine
+from depthprune_runtime.engine.decode_paths import OpByOp
 from depthprune_runtime.engine.errors import EngineDead, EngineFull
 
 SPEC = plain_spec(2)
@@ -173,7 +174,7 @@ def test_an_exception_of_the_engine_reaches_every_consumer(monkeypatch):
         return plain(*args, **options)
 
     monkeypatch.setattr(decoder(SPEC), "hidden_states", fail)
-    monkeypatch.setattr(runner, "build_decode_step", lambda *_: None)  # every step goes through the decoder's methods
+    monkeypatch.setattr(runner, "choose_path", OpByOp)  # every step goes through the decoder's methods
 
     async def scenario(owner):
         ends = await asyncio.gather(*(tokens(owner, (i,), LONG) for i in range(5)), return_exceptions=True)

@@ -15,6 +15,7 @@ from specs import mixed_spec, plain_spec
 
 from depthprune_runtime import SamplingParams
 from depthprune_runtime.engine import runner
+from depthprune_runtime.engine.decode_paths import OpByOp
 from depthprune_runtime.engine.errors import EngineFull
 
 BEGINNINGS = [(5,) * 11, tuple(range(20, 33)), (1, 2, 3)]
@@ -183,7 +184,7 @@ def test_an_aborted_prompt_frees_what_it_holds():
 @pytest.fixture
 def by_ops(monkeypatch):
     """Every step goes through the decoder's methods, which a test may then replace."""
-    monkeypatch.setattr(runner, "build_decode_step", lambda *_: None)
+    monkeypatch.setattr(runner, "choose_path", OpByOp)
 
 
 def test_deltas_add_up_to_the_output(pico_runtime):

@@ -14,6 +14,7 @@ from random_decoder import decoder, engine, sampler_of, solo
 
 from depthprune_runtime import InputError, SamplingParams
 from depthprune_runtime.engine import inputs, runner, samplers
+from depthprune_runtime.engine.decode_paths import OpByOp
 from depthprune_runtime.engine.errors import EngineDead, EngineFull
 from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.sampler import NOT_FINITE, sample_batch
@@ -64,7 +65,7 @@ def test_parameters_broken_after_their_making_are_refused():
 @pytest.fixture
 def by_ops(monkeypatch):
     """Every step goes through the decoder's methods, which a test may then replace."""
-    monkeypatch.setattr(runner, "build_decode_step", lambda *_: None)
+    monkeypatch.setattr(runner, "choose_path", OpByOp)
 
 
 def test_damaged_logits_end_their_own_request_only(monkeypatch, caplog, by_ops):

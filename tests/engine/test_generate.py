@@ -46,27 +46,32 @@ def test_batched_unequal_prompts_equal_one_by_one(pico_runtime):
 
 
 def test_many_prompts_pass_through_several_groups_and_prefill_parts(pico_runtime, monkeypatch):
-    from depthprune_runtime.engine import runtime as module
+    from depthprune_runtime.engine import kept_engine as module
 
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     prompts = [[2 + i, 7, 9 + i] * (1 + i % 4) for i in range(11)]
     expected = [o.outputs[0].token_ids for o in pico_runtime.generate(prompts, params)]
     monkeypatch.setattr(module, "_MAX_RUNNING", 4)
     monkeypatch.setattr(module, "_PREFILL_TOKENS", 10)
+    pico_runtime.close()
     assert [o.outputs[0].token_ids for o in pico_runtime.generate(prompts, params)] == expected
+    pico_runtime.close()
 
 
 def test_more_prompts_than_memory_are_queued(pico_runtime, monkeypatch):
-    from depthprune_runtime.engine import runtime as module
+    from depthprune_runtime.engine import kept_engine as module
 
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=40, ignore_eos=True, n=2)
     prompts = [[2 + i, 7, 9 + i] * (1 + i % 4) for i in range(9)]
     expected = [[o.token_ids for o in r.outputs] for r in pico_runtime.generate(prompts, params)]
     free = 2 * 10 * module.kv_block_bytes(pico_runtime.spec, module.KV_BLOCK_SIZE, pico_runtime.dtype)
+    pico_runtime.close()
     monkeypatch.setattr(module, "free_memory", lambda _: free)  # half of it: ten kv_blocks, two or three outputs
     assert [[o.token_ids for o in r.outputs] for r in pico_runtime.generate(prompts, params)] == expected
+    pico_runtime.close()
     monkeypatch.setattr(module, "free_memory", lambda _: None)  # a device that does not tell
     assert [[o.token_ids for o in r.outputs] for r in pico_runtime.generate(prompts, params)] == expected
+    pico_runtime.close()
     monkeypatch.setattr(module, "free_memory", lambda _: free // 5)
     with pytest.raises(InputError, match="never fit into the KV cache of 32 tokens"):
         pico_runtime.generate(prompts, params)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from types import SimpleNamespace
 
 import lm_eval
 import pico
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from depthprune_runtime import InputError, Runtime
@@ -151,12 +153,37 @@ def test_chat_templates(pico_runtime, model):
     history = [{"role": "user", "content": "the fox"}]
     prompt = model.apply_chat_template(history)
     assert prompt == pico_runtime.tokenizer.apply_chat_template(history)
-    begun = [*history, {"role": "assistant", "content": "jumps"}]
-    assert model.apply_chat_template(begun, add_generation_prompt=False) == prompt + "jumps"
     assert model.chat_template(True) == pico.CHAT_TEMPLATE
     assert model.tokenizer_name
     assert model.tok_encode("<s>the") == model.tok_encode("the")  # a template's own BOS is not doubled
     assert (model.prefix_token_id, model.eot_token_id) == (0, 1)
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}</m>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [pico.CHAT_TEMPLATE, NO_SYSTEM])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be brief"}]])
+@pytest.mark.parametrize("begun", [[], [{"role": "assistant", "content": "jumps"}]])
+def test_prompts_are_those_of_the_harness(model, monkeypatch, template, system, begun):
+    theirs = pico.build_tokenizer()
+    theirs.chat_template = template
+    harness = SimpleNamespace(tokenizer=theirs, chat_template_args={})
+    monkeypatch.setitem(model.tokenizer.chat_templates, "default", template)
+    history = [*system, {"role": "user", "content": "the fox"}, *begun]
+    expected = HFLM.apply_chat_template(harness, history, add_generation_prompt=not begun)
+    assert model.apply_chat_template(history, add_generation_prompt=not begun) == expected
+
+
+def test_messages_that_a_template_refuses_anyhow_are_named(model, monkeypatch):
+    monkeypatch.setitem(model.tokenizer.chat_templates, "default", "{{ raise_exception('never') }}")
+    for roles in (["user"], ["system"], ["system", "user"]):
+        with pytest.raises(InputError, match="refused by the model's chat template: never"):
+            model.apply_chat_template([{"role": role, "content": "x"} for role in roles])
 
 
 def test_model_arguments_win_over_the_harness_options(pico_file, monkeypatch, caplog):

@@ -36,6 +36,8 @@ def test_tasks_are_found_by_path_and_by_name(tmp_path, monkeypatch):
         ("{", "not JSON"),
         ("", "not JSON"),
         ("[1]", "expected a JSON object, got list"),
+        ("[" * 100_000, "not JSON that can be read"),
+        ('{"context": "c", "choices": ["a", "b"], "gold": 1%s}' % ("0" * 5000), "not JSON that can be read"),
         ('{"context": "c"}', r"choices, contexts or a continuation, got \['context'\]"),
         ('{"choices": ["a", "b"], "gold": 0}', "context: expected a string, got None"),
         ('{"context": "c", "choices": ["a"], "gold": 0}', "choices: expected a list of at least two"),
@@ -45,14 +47,16 @@ def test_tasks_are_found_by_path_and_by_name(tmp_path, monkeypatch):
         ('{"contexts": ["a", "b"], "gold": 0}', "continuation: expected a non-empty string"),
         ('{"continuation": "b"}', "context: expected a string, got None"),
         ('{"context": "a", "continuation": ""}', "continuation: expected a non-empty string"),
+        ('{"context": [%s], "continuation": "b"}' % ("1," * 9999 + "1"), "context: expected a string, got "),
         ("\udcff", "not UTF-8: byte 0xff"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "bad.jsonl", ROWS[:2])
     path.write_bytes(path.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n")
-    with pytest.raises(InputError, match=rf"bad\.jsonl:3: .*{message}"):
+    with pytest.raises(InputError, match=rf"bad\.jsonl:3: .*{message}") as error:
         load_task(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
     assert len(load_task(path, limit=2).examples) == 2
 
 

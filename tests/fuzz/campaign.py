@@ -9,7 +9,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fuzz.mutation import Mutant
 from fuzz.native_mutants import EXTRAS, native_mutant
 from fuzz.originals import Original, build
 from fuzz.request_mutants import request_mutant
-from fuzz.sandbox import Report, run_child
+from fuzz.sandbox import Report, run_child, run_children
 from fuzz.state_mutants import other_mutant, state_mutant
 from fuzz.uses import Observation, use_model, use_other, use_request, use_state, warm_parser
 from fuzz.verdicts import Verdict, judge
@@ -40,32 +40,42 @@ FORMATS: dict[str, tuple[Callable[..., Mutant], float]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """A mutant's verdict, in what can cross to another process."""
+    """A mutant's verdict, in what can cross to another process.
+
+    behind: what it did behind other mutants in one child and does not do alone, or "".
+    """
 
     format: str
     seed: int
     mutant: str
     verdict: Verdict
     seconds: float
+    behind: str = ""
 
 
 class Bench:
-    """A warm process that runs mutants one by one, each in a child. `close` removes its files."""
+    """A warm process that runs mutants in children. `close` removes its files."""
 
-    def __init__(self, originals: dict[str, list[Original]] | None = None) -> None:
+    def __init__(self) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         os.environ["HF_HUB_OFFLINE"] = "1"
         memory = Path("/dev/shm")
         place = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
         self._folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=place))
         self._runtimes: dict[str, Any] = {}
-        self.originals: dict[str, list[Original]] = {} if originals is None else originals
+        self.originals: dict[str, list[Original]] = {}
+
+    def move(self) -> None:
+        """To be called in a fork of this process: files go to a folder of its own, which the bench that was forked
+        removes."""
+        self._folder = Path(tempfile.mkdtemp(prefix="worker-", dir=self._folder))
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def prepare(self) -> None:
         """Build the originals and see what each gives unchanged."""
+        import pico  # noqa: F401  # with Transformers, which children would each import
         import torch
 
         torch.set_num_threads(1)
@@ -77,8 +87,10 @@ class Bench:
             self.originals.setdefault(original.format, []).append(original)
         for original in made.value:
             original.baseline = self._unchanged(original)
+        for original in self.originals["requests"]:
+            self._load(original)
         for original in (self.originals["native"][0], self.originals["gguf"][0]):
-            for extra in EXTRAS:
+            for extra in dict.fromkeys(EXTRAS):
                 self._warm(replace(self._plain(original), extra=extra))
         gc.collect()
         gc.freeze()
@@ -113,14 +125,15 @@ class Bench:
                     continue
         return report
 
-    def _fresh(self) -> Path:
-        folder = self._folder / "work"
+    def _fresh(self, name: str = "work") -> Path:
+        """An empty folder."""
+        folder = self._folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
 
-    def _runtime(self, original: Original) -> Any:
-        """Loaded once here, on one thread; children inherit it."""
+    def _load(self, original: Original) -> Any:
+        """Its runtime, loaded once here, on one thread; children inherit it."""
         from depthprune_runtime import Runtime
 
         if original.name not in self._runtimes:
@@ -140,16 +153,15 @@ class Bench:
 
     def run(self, mutant: Mutant, modules: bool = False) -> Report:
         """What becomes of a child that uses `mutant`; modules: its value comes with the names of all modules."""
-        work = self._work(mutant)
+        work = self._work(mutant, self._fresh())
         return run_child((lambda: (work(), sorted(sys.modules))) if modules else work)
 
-    def _work(self, mutant: Mutant) -> Callable[[], Observation]:
-        """Its files, written; what the child is to do with them."""
+    def _work(self, mutant: Mutant, folder: Path) -> Callable[[], Observation]:
+        """Its files, written in `folder`; what the child is to do with them."""
         original = self.original(mutant)
         if mutant.format == "requests":
-            runtime = self._runtime(original)
+            runtime = self._load(original)
             return lambda: use_request(runtime, mutant.payload)
-        folder = self._fresh()
         place = folder / "model"
         place.mkdir()
         for name, data in mutant.files.items():
@@ -163,19 +175,43 @@ class Bench:
         }
         return uses.get(mutant.format, lambda: use_model(path, folder, mutant.extra, mutant.chats))
 
-    def result(self, format: str, seed: int) -> Result:
-        mutant = self.mutant(format, seed)
-        report = self.run(mutant)
+    def results(self, jobs: Iterable[tuple[str, int]]) -> list[Result]:
+        """Verdicts on mutants, (format, seed) each.
+
+        As many as possible share a child, as a fork costs more than a mutant. Where one verdict is not good, nothing
+        that this child did counts: its mutants run again, each in a child of its own.
+        """
+        mutants = [self.mutant(*job) for job in jobs]
+        results: list[Result] = []
+        while len(results) < len(mutants):
+            rest = mutants[len(results) :]
+            folder = self._fresh()
+            works = [self._work(mutant, self._fresh(f"{folder.name}/{i}")) for i, mutant in enumerate(rest)]
+            shared = [self._judged(*pair) for pair in zip(rest, run_children(works), strict=False)]
+            if not all(r.verdict.good for r in shared):
+                shared = [self._alone(*pair) for pair in zip(rest, shared, strict=False)]
+            results += shared
+        return results
+
+    def _judged(self, mutant: Mutant, report: Report) -> Result:
         verdict = judge(report, mutant, self.original(mutant))
-        return Result(format, seed, str(mutant), verdict, report.seconds)
+        return Result(mutant.format, mutant.seed, str(mutant), verdict, report.seconds)
+
+    def _alone(self, mutant: Mutant, shared: Result) -> Result:
+        """Its verdict in a child of its own; shared: the one behind others."""
+        result = self._judged(mutant, self.run(mutant))
+        if result.verdict.good and not shared.verdict.good:
+            return replace(result, behind=f"{shared.verdict.outcome}: {shared.verdict.why}")
+        return result
 
 
 def schedule(mutants: int, start: int = 0, formats: list[str] | None = None) -> Iterator[tuple[str, int]]:
-    """(format, seed) of a campaign, formats in turn by their shares; seeds of each from `start`."""
+    """(format, seed) of `mutants` in one endless sequence, from number `start`; formats in turn by their shares."""
     chosen = {name: share for name, (_, share) in FORMATS.items() if formats is None or name in formats}
     whole = sum(chosen.values())
     done = dict.fromkeys(chosen, 0)
-    for number in range(1, mutants + 1):
+    for number in range(1, start + mutants + 1):
         name = max(chosen, key=lambda n: chosen[n] / whole * number - done[n])
-        yield name, start + done[name]
+        if number > start:
+            yield name, done[name]
         done[name] += 1

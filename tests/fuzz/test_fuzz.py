@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from fuzz import gguf_file, json_mutants, safetensors_file, sandbox
+from fuzz import campaign, gguf_file, json_mutants, safetensors_file, sandbox
 from fuzz.campaign import FORMATS, Bench, schedule
 from fuzz.mutation import Mutant, Mutation
 from fuzz.native_mutants import HEAD, NativeFile
 from fuzz.originals import Original
-from fuzz.sandbox import Report, run_child
+from fuzz.sandbox import Report, run_child, run_children
 from fuzz.uses import Observation
 from fuzz.verdicts import judge
 
@@ -32,7 +36,9 @@ def bench():
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_mutants(bench, name):
     assert SEEDS[name]
-    failed = [r for r in (bench.result(name, seed) for seed in SEEDS[name]) if not r.verdict.good]
+    results = bench.results((name, seed) for seed in SEEDS[name])
+    assert [r.seed for r in results] == SEEDS[name]
+    failed = [r for r in results if not r.verdict.good]
     lines = [
         f"--format {r.format} --seed {r.seed}: {r.verdict.outcome}: {r.verdict.why}\n    {r.mutant}" for r in failed
     ]
@@ -94,17 +100,92 @@ def test_outcomes_of_children_that_end_well():
 
 
 def test_children_that_end_badly(monkeypatch):
-    def fail() -> None:
-        raise KeyError("x")
-
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     monkeypatch.setattr(sandbox, "IDLE_SECONDS", 1)
     assert _outcome(run_child(lambda: Observation({"logits": "1"}))) == "ok"
-    assert _outcome(run_child(fail)) == "traceback"
+    assert _outcome(run_child(_fail)) == "traceback"
     assert _outcome(run_child(_endless)) == "hang"
     assert _outcome(run_child(_asleep)) == "hang"
-    assert _outcome(run_child(lambda: bytearray(2 << 30))) == "memory"
+    assert _outcome(run_child(_greedy)) == "memory"
     assert _outcome(run_child(_killed)) == "signal"
+
+
+@pytest.mark.parametrize(
+    ("fault", "end"),
+    [("fail", "error"), ("endless", "hang"), ("asleep", "hang"), ("greedy", "memory"), ("killed", "signal")],
+)
+def test_a_child_stops_at_the_work_that_fails(monkeypatch, fault, end):
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
+    monkeypatch.setattr(sandbox, "IDLE_SECONDS", 1)
+    fine = [lambda i=i: print(f"work {i}") or i for i in range(3)]
+    reports = run_children([*fine, _FAULTS[fault], fine[0]])
+    assert [r.end for r in reports] == ["done", "done", "done", end]
+    assert [r.value for r in reports[:3]] == [0, 1, 2]
+    assert [r.printed for r in reports[:3]] == ["work 0\n", "work 1\n", "work 2\n"]
+    assert "work 0" not in reports[3].printed
+
+
+def test_memory_is_counted_from_the_childs_beginning(monkeypatch):
+    """So that what earlier work kept cannot hide what later work takes."""
+    monkeypatch.setattr(sandbox, "MEMORY", 64 << 20)
+    kept = []
+    reports = run_children([lambda: kept.append(b"\x01" * (40 << 20))] * 3)
+    assert [r.end for r in reports] == ["done", "memory"]
+
+
+def test_time_is_counted_for_each_work(monkeypatch):
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 2)
+    assert [r.end for r in run_children([lambda: _busy(0.7)] * 4)] == ["done"] * 4
+
+
+_AROUND = (("requests", 0), ("state", 0), ("requests", 3), ("state", 1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        ("fail", "traceback"),
+        ("endless", "hang"),
+        ("greedy", "memory"),
+        ("killed", "signal"),
+        ("changed", "changed"),
+        ("complaint", "broken"),
+    ],
+)
+def test_a_fault_among_good_mutants_is_found(bench, monkeypatch, fault, outcome):
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
+    monkeypatch.setattr(campaign, "use_other", lambda path, folder: _FAULTS[fault]())
+    results = bench.results([*_AROUND[:2], ("other", 1), *_AROUND[2:]])
+    assert [(r.format, r.seed) for r in results] == [*_AROUND[:2], ("other", 1), *_AROUND[2:]]
+    assert results[2].verdict.outcome == outcome
+    assert all(r.verdict.good and not r.behind for i, r in enumerate(results) if i != 2)
+
+
+def test_only_a_child_of_its_own_decides_that_a_mutant_is_bad(bench, monkeypatch):
+    """A fault behind others is named; what passed before it runs again as well."""
+    original, ran = bench.originals["other"][0], []
+    mutant = replace(bench._plain(original), mutations=(Mutation("number", "config.json"),))
+
+    def use(path, folder):
+        ran.append(path)
+        return _FAULTS["changed"]() if len(ran) > 1 else original.baseline
+
+    monkeypatch.setattr(campaign, "use_other", use)
+    monkeypatch.setattr(bench, "mutant", lambda name, seed: mutant)
+    results = bench.results([("other", 0)] * 3)
+    assert [r.verdict.outcome for r in results] == ["ok"] * 3
+    assert [bool(r.behind) for r in results] == [False, True, True]
+
+
+def test_parts_of_a_campaign_add_up():
+    whole = list(schedule(1000))
+    assert [*schedule(300), *schedule(1, 300), *schedule(699, 301)] == whole
+    assert len(set(whole)) == 1000
+    assert {name for name, _ in schedule(60, 940)} == set(FORMATS)
+
+
+def _fail() -> None:
+    raise KeyError("x")
 
 
 def _endless() -> None:
@@ -113,15 +194,32 @@ def _endless() -> None:
 
 
 def _asleep() -> None:
-    import time
-
     time.sleep(60)
 
 
 def _killed() -> None:
-    import ctypes
-
     ctypes.string_at(0)
+
+
+def _busy(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def _greedy() -> None:
+    bytearray(2 << 30)
+
+
+_FAULTS: dict[str, Callable[[], object]] = {
+    "fail": _fail,
+    "endless": _endless,
+    "asleep": _asleep,
+    "greedy": _greedy,
+    "killed": _killed,
+    "changed": lambda: Observation({"dropped": "none"}),
+    "complaint": lambda: Observation(complaints=["the text is lost"]),
+}
 
 
 def test_what_a_child_prints_comes_back():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from depthprune_runtime.engine.engine import Engine
 from depthprune_runtime.engine.inputs import Inputs
+from depthprune_runtime.engine.options import EngineOptions
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.model.batch import packed
 from depthprune_runtime.model.decoder import Decoder
@@ -27,7 +28,7 @@ def teacher_forced(model: Decoder, sequences: list[list[int]]) -> Tensor:
 
 def generate(model: Decoder, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     inputs = Inputs("random", model.spec, None, {})
-    engine = Engine(model, inputs, kv_memory="64MiB", max_num_seqs=8, max_num_batched_tokens=128)
+    engine = Engine(model, inputs, EngineOptions(kv_memory="64MiB", max_num_seqs=8, max_num_batched_tokens=128))
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     order = [engine.add_request(prompt, params) for prompt in prompts]
     done = {}

@@ -9,8 +9,8 @@ from op_case import Arguments, Case, Draw, named_cases
 from torch import Tensor
 
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.ops._weight import pack
 from depthprune_runtime.spec import RopeSpec
+from depthprune_runtime.weights.packed import pack
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 CPU = torch.device("cpu")

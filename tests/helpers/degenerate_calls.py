@@ -19,7 +19,7 @@ from torch import Tensor
 
 from depthprune_runtime import _C
 from depthprune_runtime.ops._library import REFERENCES
-from depthprune_runtime.ops._weight import pack
+from depthprune_runtime.weights.packed import pack
 from depthprune_runtime.weights.panels import panel_shape
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
@@ -229,14 +229,10 @@ class Step:
         d = Draw(dtype, torch.Generator().manual_seed(0))
 
         def linear(rows: int, columns: int) -> dict[str, Any]:
-            if quantised:
-                parts: list[Any] = list(_parts(_quantised(d, rows, columns)))
-                layout = (4, 32)
-            else:
-                parts, layout = [d(rows, columns)], (0, 0)
+            parts, (_, number, bits, group_size) = pack(_quantised(d, rows, columns) if quantised else d(rows, columns))
             return {
-                "weight": parts, "bias": d(rows), "out_features": rows, "in_features": columns, "bits": layout[0],
-                "group_size": layout[1],
+                "weight": parts, "bias": d(rows), "out_features": rows, "in_features": columns, "format": number,
+                "bits": bits, "group_size": group_size,
             }  # fmt: skip
 
         k_cache, v_cache = _caches(d)
@@ -257,8 +253,7 @@ class Step:
         self.ahead = (ids, positions, tables, table, torch.full((B, STOPS), -1), 3, 1e9)
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        own = {"builder": self.builder, "attention": self.attention, "norm": self.norm}
-        return own | self.linears
+        return {"builder": self.builder, "attention": self.attention, "norm": self.norm} | self.linears
 
     def build(self) -> Any:
         linears = {name: _C.StepLinear(**a) for name, a in self.linears.items()}
@@ -335,10 +330,11 @@ def in_child(name: str) -> list[str]:
 
 
 def main(names: list[str]) -> int:
+    import torch._dynamo  # a call with a meta tensor imports it, which takes each child longer than its calls
+
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a fork has one thread
-    missing = set(REFERENCES) - set(BASES)
-    if missing:
+    if missing := set(REFERENCES) - set(BASES):
         print(f"no arguments for {sorted(missing)}")
         return 1
     found = [line for name in names or NAMES for line in in_child(name)]

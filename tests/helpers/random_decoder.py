@@ -10,6 +10,7 @@ from torch import Tensor
 
 from depthprune_runtime.engine.engine import Engine
 from depthprune_runtime.engine.inputs import Inputs
+from depthprune_runtime.engine.options import EngineOptions
 from depthprune_runtime.engine.params import SamplingParams
 from depthprune_runtime.engine.sampler import RequestSampler, sample_batch, seen_tokens
 from depthprune_runtime.model.batch import packed
@@ -39,7 +40,8 @@ def engine(spec: DecoderSpec, kv_blocks: int | None = None, kv_block_size: int =
     """An engine with room for exactly `kv_blocks`."""
     if kv_blocks is not None:
         options["kv_memory"] = kv_blocks * kv_block_size * spec.kv_bytes_per_token(4)
-    return Engine(decoder(spec), Inputs("random", spec, None, {}), kv_block_size=kv_block_size, **options)
+    chosen = EngineOptions(kv_block_size=kv_block_size, **options)
+    return Engine(decoder(spec), Inputs("random", spec, None, {}), chosen)
 
 
 def sampler_of(params: SamplingParams, prompt: Sequence[int], stream: int, vocab_size: int) -> RequestSampler:

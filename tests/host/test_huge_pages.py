@@ -10,7 +10,7 @@ import torch
 
 from depthprune_runtime import Runtime, import_model, quantize
 from depthprune_runtime.host.huge_pages import HugePages, huge_pages_available
-from depthprune_runtime.weights.panels import PanelWeight
+from depthprune_runtime.weights.weight import Format
 
 needs_huge_pages = pytest.mark.skipif(not huge_pages_available(), reason="the system gives no huge pages")
 
@@ -55,7 +55,8 @@ def test_bfloat16_projections_lie_in_panels(tmp_path, tied, monkeypatch):
     import_model(folder, path, dtype="bfloat16")
     runtime, mapped = Runtime.load(path), Runtime.load(path, mmap=True)
     head = runtime.decoder.lm_head.weight
-    assert isinstance(head, PanelWeight) and torch.equal(head.dense(), mapped.decoder.lm_head.weight)
+    assert head.format is Format.PANELS and torch.equal(head.dense(), mapped.decoder.lm_head.weight.dense())
+    assert mapped.decoder.lm_head.weight.format is Format.ROWS
     assert (runtime.decoder.embed_tokens is head) == tied
     assert all(isinstance(s.output_weight, torch.Tensor) for s in runtime.decoder.sublayers)
     for length in (17, 90):

@@ -72,7 +72,7 @@ def test_values_come_from_the_plan():
     assert "angular" in label
     known, label = removals({"settings": {"removal_order": [5, 2]}})
     assert known["attention", 2] == known["ffn", 2] == plotting._Gone(2, 2.0)
-    assert removals(None) == ({}, "")
+    assert removals(None) == removals({"settings": {"ranking": []}}) == ({}, "")
 
 
 def test_what_cannot_be_drawn_is_said(pico_file, tmp_path, monkeypatch):

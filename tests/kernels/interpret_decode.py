@@ -12,9 +12,9 @@ from torch import Tensor
 
 from depthprune_runtime.kernels import draw_tokens, linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
 from depthprune_runtime.model.rope import RotaryTable
-from depthprune_runtime.ops import _weight
 from depthprune_runtime.ops._library import REFERENCES
 from depthprune_runtime.spec import RopeSpec
+from depthprune_runtime.weights.packed import pack
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
 
 EPS = 1e-5
@@ -40,7 +40,7 @@ def packed(kind: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[Pack
     """A weight of `kind`, and what it stands for in float64."""
     if kind == "dense":
         dense = draw(2, rows, columns).mul_(columns**-0.5).to(dtype)
-        return _weight.pack(dense), dense.double()
+        return pack(dense), dense.double()
     spec = QuantSpec(int(kind[0]), 32 if "32" in kind else 64, "zeros" not in kind)
     generator = torch.Generator().manual_seed(3)
     groups = -(-columns // spec.group_size)
@@ -48,7 +48,7 @@ def packed(kind: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[Pack
     scales = (torch.rand(rows, groups, generator=generator) / spec.levels).bfloat16()
     zeros = None if spec.symmetric else torch.randint(0, spec.levels, (rows, groups), generator=generator)
     weight = QuantizedWeight.from_codes(spec, codes, scales, zeros)
-    return _weight.pack(weight), weight.dequantize().double()
+    return pack(weight), weight.dense().double()
 
 
 def normed(x: Tensor, gain: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def normed(x: Tensor, gain: Tensor) -> Tensor:
 
 def plain(dense: Tensor, dtype: torch.dtype) -> Packed:
     """The same weight for the baseline: dense, or the CPU's integer kernels would stand in for plain torch."""
-    return _weight.pack(dense.to(dtype))
+    return pack(dense.to(dtype))
 
 
 def check(op: str, launcher, x: Tensor, gain: Tensor, weight: Packed, dense: Tensor, bias, truth: Tensor) -> None:
@@ -191,7 +191,7 @@ def test_norm_logits_of_damaged_rows_and_equal_logits() -> None:
     x, gain = torch.ones(3, 32), torch.ones(32)
     x[1, 5] = torch.nan
     weight = torch.zeros(40, 32)
-    _, best, tokens = norm_linear.norm_logits(x, gain, EPS, [weight], [40, 0, 0])
+    _, best, tokens = norm_linear.norm_logits(x, gain, EPS, *pack(weight))
     assert best[1].tolist() == [torch.inf] * 3
     assert best[0].tolist() == [0.0] * 3
     assert tokens[0].tolist() == [0, 16, 32]
@@ -249,16 +249,16 @@ def test_draw_tokens(size: int) -> None:
 def test_errors_name_the_argument() -> None:
     x, gain, weight = torch.ones(2, 8), torch.ones(8), torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"norm_linear: expected weight of shape \[4, 8\]"):
-        norm_linear.norm_linear(x, gain, EPS, [torch.ones(4, 7)], [4, 0, 0], None)
+        norm_linear.norm_linear(x, gain, EPS, *pack(torch.ones(4, 7)), None)
     with pytest.raises(ValueError, match=r"norm_linear: expected norm of shape \[8\]"):
-        norm_linear.norm_linear(x, torch.ones(7), EPS, [weight], [4, 0, 0], None)
+        norm_linear.norm_linear(x, torch.ones(7), EPS, *pack(weight), None)
     with pytest.raises(ValueError, match=r"norm_gated_linear: expected a weight of an even number of rows, got 5"):
-        norm_linear.norm_gated_linear(x, gain, EPS, [torch.ones(5, 8)], [5, 0, 0], None)
+        norm_linear.norm_gated_linear(x, gain, EPS, *pack(torch.ones(5, 8)), None)
     with pytest.raises(ValueError, match=r"linear_add: expected residual of shape \[2, 4\]"):
-        linear_add.linear_add(x, torch.ones(2, 5), [weight], [4, 0, 0], None)
+        linear_add.linear_add(x, torch.ones(2, 5), *pack(weight), None)
     cache = torch.ones(1, 4, 1, 8)
     with pytest.raises(ValueError, match=r"norm_qkv: expected a weight of \(H \+ 2 \* 1\) \* 8 rows"):
         norm_qkv.norm_qkv(
-            x, gain, EPS, [torch.ones(12, 8)], [12, 0, 0], None, torch.ones(4, 2, 4), torch.zeros(2, dtype=torch.int64),
+            x, gain, EPS, *pack(torch.ones(12, 8)), None, torch.ones(4, 2, 4), torch.zeros(2, dtype=torch.int64),
             torch.zeros(2, dtype=torch.int64), cache, cache.clone(),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from specs import mixed_spec, plain_spec
 
 from depthprune_runtime import SamplingParams
 from depthprune_runtime.engine import runner
-from depthprune_runtime.engine.decode_loop import DecodeLoop
+from depthprune_runtime.engine.gpu_graphs import GpuGraphs
 from depthprune_runtime.ops import implementations
 from depthprune_runtime.ops._library import bind
 from depthprune_runtime.ops._triton import LAUNCHERS, implementation
@@ -45,8 +45,7 @@ def launchers_serve_the_cpu() -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_generation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "build_decode_loop", DecodeLoop)
-    monkeypatch.setattr(runner, "build_decode_step", lambda *_: None)
+    monkeypatch.setattr(runner, "choose_path", GpuGraphs)
     engine = random_decoder.engine(SPECS[name], kv_blocks=64, max_num_batched_tokens=8, max_num_seqs=4)
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(list(prompt), GREEDY, request_id=str(i))

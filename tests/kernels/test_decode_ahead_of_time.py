@@ -16,6 +16,7 @@ from ahead_of_time import check, record
 
 from depthprune_runtime.kernels import draw_tokens, linear_add, next_tokens, norm_linear, norm_qkv, rotary_kv_write
 from depthprune_runtime.weights.quantized import QuantSpec
+from depthprune_runtime.weights.weight import Format
 
 # hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size
 MODELS = {
@@ -35,10 +36,10 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def packed(kind: str, rows: int, columns: int) -> tuple[list[Tensor], list[int]]:
     spec = KINDS[kind]
     if spec is None:
-        return [meta(rows, columns)], [rows, 0, 0]
+        return [meta(rows, columns)], [rows, int(Format.ROWS), 0, 0]
     dtypes = {"codes": torch.uint8, "scales": torch.bfloat16, "zeros": torch.uint8}
     tensors = [meta(*shape, dtype=dtypes[name]) for name, shape in spec.shapes(rows, columns).items()]
-    return tensors, [rows, spec.bits, spec.group_size]
+    return tensors, [rows, int(Format.CODES), spec.bits, spec.group_size]
 
 
 def call(op: str, model: str, kind: str, tokens: int) -> Callable[[], Any]:

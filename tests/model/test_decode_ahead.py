@@ -11,7 +11,7 @@ from built import built
 from depthprune_runtime import ops
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.model.batch import PagedContext, packed
-from depthprune_runtime.model.decode_step import DecodeStep, build_decode_step
+from depthprune_runtime.model.steps.cpu import DecodeStep
 from depthprune_runtime.spec import DecoderSpec
 
 built()
@@ -26,9 +26,7 @@ def new_step(spec: DecoderSpec) -> DecodeStep:
     generator = torch.Generator().manual_seed(1)
     for part in (part for pair in cache.pairs for part in pair or ()):
         part.copy_(torch.randn(part.shape, generator=generator))
-    step = build_decode_step(random_decoder.decoder(spec), cache.pairs)
-    assert step is not None
-    return step
+    return DecodeStep(random_decoder.decoder(spec), cache.pairs)
 
 
 def tables_of(count: int) -> torch.Tensor:
@@ -84,8 +82,7 @@ def test_logits_that_are_not_finite_end_it():
     weights = {k: v.clone() for k, v in random_decoder.tensors(spec).items()}
     weights["norm.weight"][0] = torch.inf
     decoder = type(random_decoder.decoder(spec))(spec, weights.__getitem__, CPU, torch.float32)
-    step = build_decode_step(decoder, KVCache(spec, 32, BLOCK, CPU, torch.float32).pairs)
-    assert step is not None
+    step = DecodeStep(decoder, KVCache(spec, 32, BLOCK, CPU, torch.float32).pairs)
     assert ahead(step, [7, 3], [0, 0]) == [[-1, -1]]
 
 

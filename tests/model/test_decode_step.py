@@ -11,11 +11,12 @@ from built import built
 
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.model.batch import PagedContext, packed
-from depthprune_runtime.model.decode_step import build_decode_step
 from depthprune_runtime.model.decoder import Decoder
+from depthprune_runtime.model.steps.cpu import DecodeStep
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 from depthprune_runtime.weights.panels import PanelWeight, to_panels
 from depthprune_runtime.weights.quantized import QuantizedWeight, QuantSpec
+from depthprune_runtime.weights.weight import Format
 
 _C = built()
 CPU = torch.device("cpu")
@@ -57,8 +58,7 @@ def steps_agree(spec: DecoderSpec, dtype=torch.float32, quant=None, contexts=(1,
                 ours.copy_(torch.randn(ours.shape, generator=generator))
                 theirs.copy_(ours)
     tables = torch.randperm(width * len(contexts), generator=generator).view(len(contexts), width)
-    step = build_decode_step(decoder, caches[0].pairs)
-    assert step is not None
+    step = DecodeStep(decoder, caches[0].pairs)
     for i in range(steps):
         ids = torch.randint(0, spec.vocab_size, (len(contexts),), generator=generator)
         starts = [c - 1 + i for c in contexts]
@@ -155,8 +155,7 @@ def test_any_number_of_threads():
 def test_bad_places_are_refused():
     spec = specs.plain_spec(1)
     decoder = Decoder(spec, random_weights(spec, torch.float32, None).__getitem__, CPU, torch.float32)
-    step = build_decode_step(decoder, KVCache(spec, 4, BLOCK, CPU, torch.float32).pairs)
-    assert step is not None
+    step = DecodeStep(decoder, KVCache(spec, 4, BLOCK, CPU, torch.float32).pairs)
 
     def run(token=1, slot=0, block=0, length=1):
         paged = PagedContext(torch.tensor([slot]), torch.tensor([[block]]), torch.tensor([length]), False)
@@ -172,16 +171,21 @@ def test_bad_places_are_refused():
 
 def arguments(rows: int, columns: int, **changes: object) -> dict[str, object]:
     dense = {"weight": [torch.ones(rows, columns)], "bias": None, "out_features": rows, "in_features": columns}
-    return dense | {"bits": 0, "group_size": 0} | changes
+    return dense | {"format": int(Format.ROWS), "bits": 0, "group_size": 0} | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 4, "group_size": 0, "weight": [torch.ones(1), torch.ones(1)]}, "group_size of 32, 64 or 128, got 0"),
-        ({"bits": 5}, "bits of 0, 4, 8 or 16, got 5"),
+        (
+            {"format": 2, "bits": 4, "group_size": 0, "weight": [torch.ones(1), torch.ones(1)]},
+            "group_size of 32, 64 or 128, got 0",
+        ),
+        ({"format": 3}, r"format of 0 \(rows\), 1 \(panels\) or 2 \(codes\), got 3"),
+        ({"format": -1}, "format of 0"),
+        ({"format": 2, "bits": 5}, "bits of 4 or 8, got 5"),
         ({"weight": []}, "weight of one tensor, got 0 tensors"),
-        ({"bits": 8, "group_size": 32}, "two tensors, or three with zero points, got 1 tensors"),
+        ({"format": 2, "bits": 8, "group_size": 32}, "two tensors, or three with zero points, got 1 tensors"),
         ({"out_features": 0}, "out_features of 1 to"),
         ({"in_features": -1}, "in_features of 1 to"),
     ],

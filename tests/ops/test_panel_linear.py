@@ -16,7 +16,7 @@ from torch import Tensor
 from depthprune_runtime import ops
 from depthprune_runtime.kernels.packed import check_packed
 from depthprune_runtime.ops import implementations
-from depthprune_runtime.ops._weight import pack
+from depthprune_runtime.weights.packed import pack
 from depthprune_runtime.weights.panels import PanelWeight, from_panels, panel_shape, panels_pay, to_panels
 
 _C = built()
@@ -137,7 +137,7 @@ def test_packing(shape: tuple[int, int], level: str) -> None:
     assert torch.equal(from_panels(found.panels, *shape), weight)
     assert torch.equal(found.dense(), weight)
     index = torch.randint(0, shape[0], (7,), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.rows(index), weight[index])
+    assert torch.equal(found.rows(index, torch.bfloat16), weight[index])
     strided = torch.cat([weight, weight], 1)[:, : shape[1]]
     assert torch.equal(packed(strided).panels, found.panels)
 

@@ -55,9 +55,9 @@ def test_kernels_do_the_arithmetic_that_they_claim(level, spec):
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(i))
         x[:, columns // 2] *= 1000  # an outlier channel
         bias = torch.randn(rows) if i % 2 else None
-        expected = rounded_inputs(x) @ weight.dequantize(torch.float64).T + (0 if bias is None else bias.double())
+        expected = rounded_inputs(x) @ weight.dense(torch.float64).T + (0 if bias is None else bias.double())
         out = ops.quantized_linear(x, weight, bias)
-        scale = rounded_inputs(x).abs() @ weight.dequantize(torch.float64).abs().T
+        scale = rounded_inputs(x).abs() @ weight.dense(torch.float64).abs().T
         assert ((out - expected).abs() <= 1e-6 * scale + 1e-6).all(), (tokens, rows, columns)
 
 
@@ -96,7 +96,7 @@ def test_close_to_the_dequantised_weight(level):
     for bits in (8, 4):
         weight = random_weight(QuantSpec(bits, 64), 256, 512, 1)
         x = torch.randn(4, 512)
-        exact = x.double() @ weight.dequantize(torch.float64).T
+        exact = x.double() @ weight.dense(torch.float64).T
         error = (ops.quantized_linear(x, weight) - exact).norm() / exact.norm()
         assert error < 0.01
 

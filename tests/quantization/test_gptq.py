@@ -62,7 +62,7 @@ def test_outputs_err_less_than_those_of_rtn(spec):
     weight, x, gram = problem(columns=200)
 
     def error(found):
-        return float((x @ (found.dequantize() - weight).T).square().sum())
+        return float((x @ (found.dense() - weight).T).square().sum())
 
     ours = error(gptq(weight, gram, spec))
     assert ours < 0.5 * error(rtn(weight, spec, gram.diagonal()))
@@ -78,7 +78,7 @@ def test_inputs_without_correlation_leave_nothing_to_make_up_for():
 def test_dead_inputs_do_no_harm():
     weight, x, _ = problem()
     x[:, 5:20] = 0
-    found = gptq(weight, x.T @ x / len(x), QuantSpec(4, 32)).dequantize()
+    found = gptq(weight, x.T @ x / len(x), QuantSpec(4, 32)).dense()
     assert torch.isfinite(found).all()
     silent = gptq(weight, torch.zeros(80, 80), QuantSpec(4, 32))
-    assert torch.isfinite(silent.dequantize()).all()
+    assert torch.isfinite(silent.dense()).all()

@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 
@@ -25,6 +26,7 @@ from depthprune_runtime.quantization.gptq import gptq
 from depthprune_runtime.quantization.options import QuantizeOptions
 from depthprune_runtime.quantization.quantize import quantized_view, requested
 from depthprune_runtime.weights.quantized import QuantSpec
+from depthprune_runtime.weights.weight import Format
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(2, pico.VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(3))
@@ -51,7 +53,7 @@ def in_memory(file):
     found, batch = {}, packed([32] * len(WINDOWS), CPU)
 
     def tensor(name):
-        return found[name].dequantize() if name in found else checkpoint.tensor(name)
+        return found[name].dense() if name in found else checkpoint.tensor(name)
 
     loader = SublayerLoader(checkpoint.spec, tensor, CPU, torch.float32)
     residual = checkpoint.tensor("embed_tokens.weight")[WINDOWS.flatten()]
@@ -123,7 +125,8 @@ def test_logits_are_those_of_the_dequantised_weights(pico_file, tmp_path, monkey
     def by_reference(x, w, bias=None, gated=False):
         return reference(x, w.codes, w.scales, w.zeros, bias, w.out_features, w.spec.bits, w.spec.group_size, gated)
 
-    monkeypatch.setattr(ops, "quantized_linear", by_reference)
+    table = importlib.import_module("depthprune_runtime.ops.projection").OPS
+    monkeypatch.setitem(table, Format.CODES, by_reference)
     ids, batch = WINDOWS[0], packed([32], CPU)
 
     def logits(weight, dtype):

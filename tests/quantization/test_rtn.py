@@ -34,7 +34,7 @@ def test_every_weight_stays_within_half_a_step(spec, rows, columns, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_RATIOS", {8: (1.0,), 4: (1.0,)})  # no clipping
         step = steps(weight, spec)
-        error = (rtn(weight, spec).dequantize() - weight).abs()
+        error = (rtn(weight, spec).dense() - weight).abs()
     assert (error <= 0.5001 * step).all()
 
 
@@ -44,7 +44,7 @@ def test_the_search_errs_less(symmetric, monkeypatch):
     importance = torch.rand(256)
 
     def error(of):
-        return float((importance * (rtn(weight, spec, of).dequantize() - weight).square()).sum())
+        return float((importance * (rtn(weight, spec, of).dense() - weight).square()).sum())
 
     searched = error(importance)
     assert searched < error(None)
@@ -59,8 +59,8 @@ def test_weights_on_a_grid_come_back(spec):
     codes = torch.arange(64).remainder(spec.levels).view(2, 32)
     codes[:, 0], codes[:, 1] = 0, spec.levels - 1
     weight = 0.25 * (codes - zero).float()
-    assert torch.equal(rtn(weight, spec).dequantize(), weight)
-    assert torch.equal(rtn(-weight, spec).dequantize(), -weight)
+    assert torch.equal(rtn(weight, spec).dense(), weight)
+    assert torch.equal(rtn(-weight, spec).dense(), -weight)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -68,7 +68,7 @@ def test_zeros_and_outliers(spec):
     weight = torch.zeros(3, 64)
     weight[1, 40] = -7.0
     weight[2] = 5.0
-    found = rtn(weight, spec).dequantize()
+    found = rtn(weight, spec).dense()
     assert torch.equal(found[0], weight[0])
     assert torch.equal(found[1, :32], weight[1, :32])
     assert (found - weight).abs().max() < 0.5 * 7 / (spec.levels / 2 - 1)

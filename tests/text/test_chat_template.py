@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 
 import numpy as np
 import pico
@@ -46,7 +47,7 @@ TOOLS = """{%- macro text(content) %}
     {%- if message.reasoning_content %}<think>{{ message['reasoning_content'][:5] }}</think>{% endif %}
 {%- endfor %}
 {{- ns.calls }}{{ ns.names | join(', ') | upper }}
-{{- "%s-%05.1f" | format('x', 2.5) }}{{ '%d%%' % 5 }}{{ 'a{}b'.format(1) }}
+{{- "%s-%05.1f" | format('x', 2.5) }}{{ '%d%% of 2024 %%5000d' % 5 }}{{ 'a{}b'.format(1) }}
 {%- for key, value in (documents or [{}])[0] | dictsort %}{{ key }}={{ value }};{% endfor %}
 {%- if enable_thinking is defined and not enable_thinking %}<no think>{% endif %}
 {%- set groups = messages | map(attribute='role') | unique | list %}{{ groups }}{{ [1, 2] * 2 }}{{ 2 ** 10 }}
@@ -150,6 +151,9 @@ TOO_MUCH = {
     "indentation": "{{ 'a\n' | indent(10**9) }}",
     "a text as indentation": "{{ ('\n' * 100000) | indent('x' * 100000) }}",
     "formats": "{{ '%1000000000d' % 5 }}",
+    "formats with a precision": "{{ '%5.1000000000f' % 5 }}",
+    "formats by name": "{{ '%((a))1000000000s' % {'(a)': 5} }}",
+    "formats behind a per cent sign": "{{ '%%%1000000000s' % 5 }}",
     "formats with a given width": "{{ '%*d' % (10**9, 5) }}",
     "the format filter": "{{ '%1000000000d' | format(5) }}",
     "str.format": "{{ '{:1000000000}'.format(5) }}",
@@ -234,6 +238,7 @@ def test_a_long_conversation_stays_within_the_limits():
         ([{"role": "user", "content": [{"type": "input_audio"}]}], {}, "got 'input_audio'"),
         ([{"role": "user", "content": [{"type": "text"}]}], {}, r"content\[0\]: expected its text as a string"),
         ([{"role": "user", "content": object()}], {}, r"messages\[0\].content: expected text, numbers, .* got object"),
+        ([{**USER, ("a",): 1}], {}, r"messages\[0\]: expected text as names, got tuple"),
         ([USER], {"tools": [print]}, "tools: expected a list of JSON objects"),
         ([USER], {"tools": "f"}, "tools: expected a list of JSON objects"),
         ([USER], {"chat_template": 3}, "chat_template: expected a template or the name of one, got int"),
@@ -303,3 +308,35 @@ def test_special_tokens_in_a_message_are_text_if_so_wished(folder):
     assert quoted.prompt == plain.prompt
     assert quoted.prompt_token_ids.count(control[0]) == 1 and quoted.prompt_token_ids[-1] == control[0]
     assert tokenizer.decode(quoted.prompt_token_ids, skip_special_tokens=False) == quoted.prompt
+
+
+END = "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0].content }}", f"a {END} b"),
+        ("{{ messages[0].content | tojson(ensure_ascii=True) }}", f'"a {END} b"'),
+        ("{{ messages[0] }}", f"{{'role': 'user', 'content': 'a {END} b'}}"),
+        ("{{ messages[0].content[:-4] }}", f"a {END}"),
+        ("{{ messages[0].content[4:] }}", f"{END} b"),
+        ("{{ messages[0].content.split('<|end|>') | join('-') }}", "a - b"),
+    ],
+)
+def test_special_tokens_stay_text_whatever_a_template_does_with_them(template, text):
+    found = ChatTemplate({"default": template + END}, {}, [END]).render(
+        [{"role": "user", "content": f"a {END} b"}], quote=True
+    )
+    assert [found.text[a:b] for a, b in found.quoted] == [END] * text.count(END)
+    assert all(b < len(found.text) for _, b in found.quoted)  # the last one is the template's
+    digits = re.compile(r"\d+")
+    assert digits.sub("", found.text) == text + END and len(digits.findall(found.text)) <= 1  # a half of a cut mark
+
+
+def test_a_message_cannot_quote_what_the_template_writes():
+    marks = [chr(code) for code in (0xF0000, 0xF0001)]
+    messages = [{"role": "user", "content": "a" + marks[0]}, {"role": "assistant", "content": marks[1] + "b"}]
+    template = "{{ messages[0].content }}<|end|>{{ messages[1].content }}"
+    found = ChatTemplate({"default": template}, {}, [END]).render(messages, quote=True)
+    assert found == (f"a{marks[0]}{END}{marks[1]}b", [])

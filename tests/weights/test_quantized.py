@@ -34,9 +34,17 @@ specs = st.builds(QuantSpec, st.sampled_from([8, 4]), st.sampled_from([32, 64, 1
 @given(specs, st.integers(1, 40), st.integers(1, 200))
 def test_dequantize_is_the_formula(spec, rows, columns):
     weight, expected = random_weight(spec, rows, columns)
-    assert torch.equal(weight.dequantize(), expected)
+    assert torch.equal(weight.dense(), expected)
     index = torch.randint(0, rows, (5,))
     assert torch.equal(weight.rows(index, torch.float32), expected[index])
+
+
+def test_dense_by_strips_is_the_formula_too(monkeypatch):
+    """Strips of three panels, the last of them short."""
+    monkeypatch.setattr("depthprune_runtime.weights.quantized._STRIP_ELEMENTS", 3 * 16 * 70)
+    weight, expected = random_weight(QuantSpec(4, 32, False), 202, 70)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(weight.dense(dtype), expected.to(dtype))
 
 
 def test_reference_op_multiplies_by_the_dequantised_weight():

@@ -9,9 +9,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/check.h"
 #include "common/dtype_of.h"
-#include "common/gain.h"
+#include "common/norm_checks.h"
 #include "common/row_strides_of.h"
 #include "cpu/pointwise/norm.h"
 #include "cpu/simd/clones.h"
@@ -110,12 +109,6 @@ DEPTHPRUNE_CLONES void norm_add(const Norm& norm, int64_t begin, int64_t end) { 
 
 namespace {
 
-void check(const char* op, const at::Tensor& x, const at::Tensor& weight) {
-  DEPTHPRUNE_CHECK(x.dim() >= 1, op, "x", "at least one dimension", x.sizes());
-  check_gain(op, x, weight, x.sizes().slice(x.dim() - 1));
-  DEPTHPRUNE_CHECK(weight.is_cpu(), op, "weight", "device cpu", weight.device());
-}
-
 // `residual` may be undefined. The result has the strides that the reference gives it.
 at::Tensor run(const at::Tensor& input, const at::Tensor& residual, const at::Tensor& weight, double eps) {
   at::Tensor result = at::empty_like(residual.defined() ? residual : input);
@@ -151,7 +144,7 @@ at::Tensor rms_norm(
     const at::Tensor& x,       // [..., C]
     const at::Tensor& weight,  // [C]
     double eps) {              // -> [..., C]
-  check("rms_norm", x, weight);
+  check_norm("rms_norm", x, weight);
   return run(x, {}, weight, eps);
 }
 
@@ -160,11 +153,7 @@ at::Tensor add_rms_norm(
     at::Tensor& residual,      // [T, C], updated in place
     const at::Tensor& weight,  // [C]
     double eps) {              // -> [T, C]
-  check("add_rms_norm", x, weight);
-  DEPTHPRUNE_CHECK(
-      residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type() && residual.is_cpu(), "add_rms_norm",
-      "residual", c10::str("shape ", x.sizes(), ", dtype ", x.scalar_type(), ", device cpu"),
-      c10::str(residual.sizes(), " ", residual.scalar_type(), " ", residual.device()));
+  check_add_norm("add_rms_norm", x, residual, weight);
   return run(x, residual, weight, eps);
 }
 
@@ -172,16 +161,7 @@ void head_rms_norm(
     at::Tensor& x,             // [T, H, D], in place
     const at::Tensor& weight,  // [H, D]
     double eps) {
-  constexpr const char* op = "head_rms_norm";
-  DEPTHPRUNE_CHECK(x.dim() == 3, op, "x", "shape [T, H, D]", x.sizes());
-  DEPTHPRUNE_CHECK(is_known(x.scalar_type()), op, "x", "dtype bfloat16, float16 or float32", x.scalar_type());
-  const int64_t heads = x.size(1);
-  DEPTHPRUNE_CHECK(
-      weight.sizes() == x.sizes().slice(1), op, "weight", c10::str("shape ", x.sizes().slice(1)), weight.sizes());
-  DEPTHPRUNE_CHECK(
-      (weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat) && weight.is_cpu(), op, "weight",
-      c10::str("dtype ", x.scalar_type(), " (that of x) or Float, device cpu"),
-      c10::str(weight.scalar_type(), " ", weight.device()));
+  check_head_norm("head_rms_norm", x, weight);
   if (x.numel() == 0) return;
   const at::Tensor gain = weight.contiguous();
   const at::Tensor dense = x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous();
@@ -192,7 +172,7 @@ void head_rms_norm(
   norm.eps = static_cast<float>(eps);
   norm.dtype = dtype_of(x.scalar_type());
   norm.weight_dtype = dtype_of(weight.scalar_type());
-  for (int64_t h = 0; h < heads; ++h) {  // a gain each
+  for (int64_t h = 0; h < x.size(1); ++h) {  // a gain each
     norm.out = static_cast<char*>(dense.mutable_data_ptr()) + h * dense.stride(1) * bytes;
     norm.x = norm.out;
     norm.weight = static_cast<const char*>(gain.const_data_ptr()) + h * gain.stride(0) * gain.element_size();

@@ -1,4 +1,4 @@
-// DecodeStep for Python: checks tensors once, keeps them alive, and hands their addresses over.
+// DecodeStep for Python: checks what a step is given, and hands its addresses over.
 #include "cpu/step/binding.h"
 
 #include <ATen/Parallel.h>
@@ -7,12 +7,11 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "common/check.h"
-#include "common/dtype_of.h"
 #include "cpu/step/ahead.h"
+#include "cpu/step/builder.h"
 #include "cpu/step/step.h"
 
 namespace depthprune {
@@ -22,175 +21,7 @@ namespace py = pybind11;
 using Tensors = std::vector<at::Tensor>;
 
 constexpr const char* kOp = "decode_step";
-constexpr int64_t kMostSize = 1 << 30;  // of a dimension: products of two fit 64 bits
 constexpr int64_t kMostSteps = 1 << 30;
-
-void check_size(const char* name, int64_t size) {
-  DEPTHPRUNE_CHECK(size >= 1 && size <= kMostSize, kOp, name, c10::str("1 to ", kMostSize), size);
-}
-
-// Weight [N, K] as [weight] or [panels], or as [codes, scales] or [codes, scales, zeros] with its sizes.
-struct StepLinear {
-  Tensors weight;
-  std::optional<at::Tensor> bias;
-  int64_t out_features;
-  int64_t in_features;
-  int64_t bits;  // 0: rows in the model's dtype; 16: bfloat16 in panels
-  int64_t group_size;
-
-  StepLinear(
-      Tensors weight, std::optional<at::Tensor> bias, int64_t out_features, int64_t in_features, int64_t bits,
-      int64_t group_size)
-      : weight(std::move(weight)),
-        bias(std::move(bias)),
-        out_features(out_features),
-        in_features(in_features),
-        bits(bits),
-        group_size(group_size) {
-    check_size("out_features", out_features);
-    check_size("in_features", in_features);
-    const auto count = static_cast<int64_t>(this->weight.size());
-    DEPTHPRUNE_CHECK(bits == 0 || bits == 4 || bits == 8 || bits == 16, kOp, "bits", "0, 4, 8 or 16", bits);
-    const bool dense = bits == 0 || bits == 16;
-    DEPTHPRUNE_CHECK(
-        dense ? count == 1 : count == 2 || count == 3, kOp, "weight",
-        dense ? "one tensor" : "two tensors, or three with zero points", c10::str(count, " tensors"));
-    DEPTHPRUNE_CHECK(
-        dense || group_size == 32 || group_size == 64 || group_size == 128, kOp, "group_size", "32, 64 or 128",
-        group_size);
-  }
-};
-
-class Builder {
- public:
-  Builder(at::ScalarType dtype, int64_t hidden_size, double eps) : dtype_(dtype) {
-    DEPTHPRUNE_CHECK(is_known(dtype), kOp, "dtype", "bfloat16, float16 or float32", dtype);
-    check_size("hidden_size", hidden_size);
-    weights_.dtype = dtype_of(dtype);
-    weights_.hidden_size = hidden_size;
-    weights_.eps = static_cast<float>(eps);
-  }
-
-  void add_attention(
-      const at::Tensor& norm, const StepLinear& qkv, const StepLinear& o, const std::optional<at::Tensor>& q_norm,
-      const std::optional<at::Tensor>& k_norm, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, double scale,
-      int64_t window, int64_t rotary, const at::Tensor& k_cache, const at::Tensor& v_cache) {
-    check_size("num_heads", num_heads);
-    check_size("num_kv_heads", num_kv_heads);
-    check_size("head_dim", head_dim);
-    DEPTHPRUNE_CHECK(
-        num_heads % num_kv_heads == 0 && head_dim % 2 == 0, kOp, "num_heads, num_kv_heads, head_dim",
-        "whole groups and an even head_dim", c10::str(num_heads, ", ", num_kv_heads, ", ", head_dim));
-    DEPTHPRUNE_CHECK(window >= 0, kOp, "window", "at least 0 (0: all tokens)", window);
-    DEPTHPRUNE_CHECK(
-        q_norm.has_value() == k_norm.has_value(), kOp, "q_norm and k_norm", "both or neither",
-        q_norm ? "q_norm alone" : "k_norm alone");
-    DEPTHPRUNE_CHECK(
-        k_cache.dim() == 4 && k_cache.size(1) > 0, kOp, "k_cache", "shape [N, P, K, D], P at least 1", k_cache.sizes());
-    AttentionLayer layer{};
-    layer.norm = plain("norm", norm, {hidden()});
-    layer.qkv = projection("qkv", qkv, (num_heads + 2 * num_kv_heads) * head_dim, hidden());
-    layer.o = projection("o", o, hidden(), num_heads * head_dim);
-    if (q_norm) layer.q_norm = plain("q_norm", *q_norm, {num_heads, head_dim});
-    if (k_norm) layer.k_norm = plain("k_norm", *k_norm, {num_kv_heads, head_dim});
-    layer.num_heads = num_heads;
-    layer.num_kv_heads = num_kv_heads;
-    layer.head_dim = head_dim;
-    layer.scale = static_cast<float>(scale);
-    layer.window = window;
-    layer.rotary = rotary;
-    layer.num_kv_blocks = k_cache.size(0);
-    layer.kv_block_size = k_cache.size(1);
-    layer.k_cache = cache("k_cache", k_cache, {layer.num_kv_blocks, layer.kv_block_size, num_kv_heads, head_dim});
-    layer.v_cache = cache("v_cache", v_cache, {layer.num_kv_blocks, layer.kv_block_size, num_kv_heads, head_dim});
-    weights_.layers.emplace_back(layer);
-  }
-
-  void add_ffn(const at::Tensor& norm, const StepLinear& gate_up, const StepLinear& down) {
-    FfnLayer layer{};
-    layer.norm = plain("norm", norm, {hidden()});
-    layer.gate_up = projection("gate_up", gate_up, 2 * down.in_features, hidden());
-    layer.down = projection("down", down, hidden(), down.in_features);
-    weights_.layers.emplace_back(layer);
-  }
-
-  void set_ends(const StepLinear& embedding, const at::Tensor& norm, const StepLinear& lm_head) {
-    // A token that is chosen is looked up in the next step.
-    DEPTHPRUNE_CHECK(
-        lm_head.out_features <= embedding.out_features, kOp, "lm_head",
-        c10::str("at most ", embedding.out_features, " rows (those of the embedding)"), lm_head.out_features);
-    weights_.embedding = projection("embedding", embedding, embedding.out_features, hidden());
-    weights_.lm_head = projection("lm_head", lm_head, lm_head.out_features, hidden());
-    weights_.norm = plain("norm", norm, {hidden()});
-  }
-
-  DecoderWeights weights() const { return weights_; }
-  Tensors tensors() const { return tensors_; }
-  at::ScalarType dtype() const { return dtype_; }
-
- private:
-  int64_t hidden() const { return weights_.hidden_size; }
-
-  const void* part(const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
-    DEPTHPRUNE_CHECK(
-        t.sizes() == sizes && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), kOp, name,
-        c10::str("shape ", sizes, ", dtype ", dtype, ", dense, device cpu"),
-        c10::str(t.sizes(), " ", t.scalar_type(), " ", t.device()));
-    tensors_.push_back(t);
-    return t.const_data_ptr();
-  }
-
-  const void* plain(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
-    return part(name, t, dtype_, sizes);
-  }
-
-  attention::Source cache(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
-    return {part(name, t, dtype_, sizes), t.stride(0), t.stride(1), t.stride(2)};
-  }
-
-  Projection projection(const char* name, const StepLinear& linear, int64_t out_features, int64_t in_features) {
-    DEPTHPRUNE_CHECK(
-        linear.out_features == out_features && linear.in_features == in_features, kOp, name,
-        c10::str("shape [", out_features, ", ", in_features, "]"),
-        c10::str("[", linear.out_features, ", ", linear.in_features, "]"));
-    Projection found{};
-    found.dtype = weights_.dtype;
-    found.out_features = out_features;
-    found.in_features = in_features;
-    if (linear.bias) found.bias = plain(name, *linear.bias, {out_features});
-    if (linear.bits == 0) {
-      found.weight = plain(name, linear.weight.at(0), {out_features, in_features});
-      return found;
-    }
-    if (linear.bits == 16) {
-      const int64_t count = (out_features + kGemmRows - 1) / kGemmRows;
-      DEPTHPRUNE_CHECK(dtype_ == at::kBFloat16, kOp, name, "a model in bfloat16, for panels", dtype_);
-      found.panels = static_cast<const uint32_t*>(
-          plain(name, linear.weight.at(0), {count, (in_features + 31) / 32 * 16, kGemmRows, 2}));
-      return found;
-    }
-    QuantizedWeight& codes = found.codes;
-    codes.out_features = out_features;
-    codes.in_features = in_features;
-    codes.group_size = linear.group_size;
-    codes.groups = (in_features + linear.group_size - 1) / linear.group_size;
-    codes.bits = static_cast<int>(linear.bits);
-    const int64_t panels = codes.panels();
-    codes.codes = static_cast<const uint8_t*>(
-        part(name, linear.weight.at(0), at::kByte, {panels, codes.padded() * linear.bits / 32, kPanelRows, 4}));
-    codes.scales = static_cast<const uint16_t*>(
-        part(name, linear.weight.at(1), at::kBFloat16, {panels, codes.groups, kPanelRows}));
-    if (linear.weight.size() > 2) {
-      codes.zeros =
-          static_cast<const uint8_t*>(part(name, linear.weight.at(2), at::kByte, {panels, codes.groups, kPanelRows}));
-    }
-    return found;
-  }
-
-  at::ScalarType dtype_;
-  DecoderWeights weights_{};
-  Tensors tensors_;
-};
 
 // A dense int64 tensor on the CPU.
 const int64_t* integers(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
@@ -211,7 +42,7 @@ void check_values(const char* name, const int64_t* values, int64_t count, int64_
 
 class Step {
  public:
-  explicit Step(const Builder& builder)
+  explicit Step(const StepBuilder& builder)
       : tensors_(builder.tensors()), dtype_(builder.dtype()), step_(builder.weights()) {
     DEPTHPRUNE_CHECK(step_.weights().norm != nullptr, kOp, "builder", "both ends (set_ends)", "none");
   }
@@ -362,18 +193,19 @@ class Step {
 void bind_decode_step(py::module_& m) {
   py::class_<StepLinear>(m, "StepLinear")
       .def(
-          py::init<Tensors, std::optional<at::Tensor>, int64_t, int64_t, int64_t, int64_t>(), py::arg("weight"),
-          py::arg("bias"), py::arg("out_features"), py::arg("in_features"), py::arg("bits"), py::arg("group_size"));
-  py::class_<Builder>(m, "StepBuilder")
+          py::init<Tensors, std::optional<at::Tensor>, int64_t, int64_t, int64_t, int64_t, int64_t>(),
+          py::arg("weight"), py::arg("bias"), py::arg("out_features"), py::arg("in_features"), py::arg("format"),
+          py::arg("bits"), py::arg("group_size"));
+  py::class_<StepBuilder>(m, "StepBuilder")
       .def(py::init<at::ScalarType, int64_t, double>(), py::arg("dtype"), py::arg("hidden_size"), py::arg("eps"))
       .def(
-          "add_attention", &Builder::add_attention, py::arg("norm"), py::arg("qkv"), py::arg("o"), py::arg("q_norm"),
-          py::arg("k_norm"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("scale"),
-          py::arg("window"), py::arg("rotary"), py::arg("k_cache"), py::arg("v_cache"))
-      .def("add_ffn", &Builder::add_ffn, py::arg("norm"), py::arg("gate_up"), py::arg("down"))
-      .def("set_ends", &Builder::set_ends, py::arg("embedding"), py::arg("norm"), py::arg("lm_head"));
+          "add_attention", &StepBuilder::add_attention, py::arg("norm"), py::arg("qkv"), py::arg("o"),
+          py::arg("q_norm"), py::arg("k_norm"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+          py::arg("scale"), py::arg("window"), py::arg("rotary"), py::arg("k_cache"), py::arg("v_cache"))
+      .def("add_ffn", &StepBuilder::add_ffn, py::arg("norm"), py::arg("gate_up"), py::arg("down"))
+      .def("set_ends", &StepBuilder::set_ends, py::arg("embedding"), py::arg("norm"), py::arg("lm_head"));
   py::class_<Step>(m, "DecodeStep")
-      .def(py::init<const Builder&>())
+      .def(py::init<const StepBuilder&>())
       .def("max_tokens", &Step::max_tokens)
       .def("run", &Step::run, py::call_guard<py::gil_scoped_release>())
       .def("ahead", &Step::ahead, py::call_guard<py::gil_scoped_release>());

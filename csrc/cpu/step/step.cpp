@@ -3,17 +3,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <deque>
 #include <map>
-#include <tuple>
 #include <utility>
 
-#include "cpu/attention/plan.h"
 #include "cpu/pointwise/activation.h"
 #include "cpu/pointwise/norm.h"
 #include "cpu/pointwise/rotary.h"
 #include "cpu/simd/clones.h"
 #include "cpu/simd/formats.h"
+#include "cpu/step/state.h"
 #include "cpu/step/team.h"
 
 namespace depthprune {
@@ -44,95 +42,7 @@ DEPTHPRUNE_CLONES void add_row(void* residual, const void* x, int64_t size, Dtyp
 char* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
 const char* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 
-// Sizes in bytes of what one token needs between the phases.
-struct Widths {
-  int64_t hidden = 0;  // C
-  int64_t wide = 0;    // of QKV or gate|up
-  int64_t inner = 0;   // of the heads' outputs or the activations
-  int64_t packed = 0;  // of any projection's input
-};
-
-constexpr int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-Widths widths_of(const DecoderWeights& weights, const Kernels& kernels) {
-  const int64_t element = size_of(weights.dtype);
-  Widths widths;
-  widths.hidden = weights.hidden_size * element;
-  widths.packed = weights.lm_head.packed_token(kernels);
-  const auto add = [&](const Projection& wide, const Projection& narrow) {
-    widths.wide = std::max(widths.wide, wide.out_features * element);
-    widths.inner = std::max(widths.inner, narrow.in_features * element);
-    widths.packed = std::max({widths.packed, wide.packed_token(kernels), narrow.packed_token(kernels)});
-  };
-  for (const auto& layer : weights.layers) {
-    if (const auto* attention = std::get_if<AttentionLayer>(&layer)) {
-      add(attention->qkv, attention->o);
-    } else {
-      const auto& ffn = std::get<FfnLayer>(layer);
-      add(ffn.gate_up, ffn.down);
-    }
-  }
-  widths.packed = round_up(widths.packed);
-  return widths;
-}
-
-Problem problem_of(const AttentionLayer& layer, Dtype dtype) {
-  Problem problem{};
-  problem.block_size = layer.kv_block_size;
-  problem.head_dim = layer.head_dim;
-  problem.group = layer.num_heads / layer.num_kv_heads;
-  problem.window = layer.window;
-  problem.scale = layer.scale;
-  problem.dtype = dtype;
-  problem.k = layer.k_cache;
-  problem.v = layer.v_cache;
-  return problem;
-}
-
-// The tasks of an attention sub-layer. Equal sub-layers share them.
-using PlanKey = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
-using Plans = std::map<PlanKey, Plan>;
-
-PlanKey key_of(const AttentionLayer& layer) {
-  return {layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window, layer.kv_block_size};
-}
-
-Plans plans_of(const DecoderWeights& weights, const StepInputs& inputs) {
-  Plans plans;
-  for (const auto& layer : weights.layers) {
-    const auto* attention = std::get_if<AttentionLayer>(&layer);
-    if (attention == nullptr) continue;
-    const auto [found, is_new] = plans.try_emplace(key_of(*attention));
-    if (!is_new) continue;
-    const Problem problem = problem_of(*attention, weights.dtype);
-    for (int64_t t = 0; t < inputs.tokens; ++t) {
-      const attention::Request request{t, 1, inputs.context_lens[t], inputs.block_tables + t * inputs.table_width, 0};
-      attention::add_tasks(problem, attention->num_kv_heads, request, found->second);
-    }
-  }
-  return plans;
-}
-
 }  // namespace
-
-// What the threads of one step share.
-struct StepState {
-  const DecoderWeights& weights;
-  const StepInputs& inputs;
-  void* logits;
-  Kernels kernels;
-  Widths widths;
-  Plans plans;
-  char* residual;  // [T, C]
-  char* wide;      // [T, wide]
-  char* inner;     // [T, inner]
-  char* out;       // [T, C]
-  char* normed;    // [T, C], or [threads, C] for one token
-  char* packed;    // [T, packed], or [threads, packed] for one token
-  std::vector<float> partials;
-  std::deque<std::atomic<int64_t>> next;  // task to take, for each sub-layer
-  Barrier barrier;
-};
 
 // One thread of a step.
 class StepWorker {

@@ -101,10 +101,10 @@ def candidates(spec: DecoderSpec, gone: list[int], front_protection: float, only
 
 
 def removable_sublayers(spec: DecoderSpec, front_protection: float, only: Kind | None = None) -> list[int]:
-    """As many sub-layers as a search can remove at all: one stays, and so do those protected for ever.
+    """The sub-layers that a search can remove in all.
 
-    Where everything can go but one, the largest stays in this list's place, so that its parameters are
-    a share that every search reaches.
+    One always stays, and so do those that the front protection never frees. Where any single one may stay,
+    the list leaves out the largest: every search can reach the parameters of the others.
     """
     check_choice(front_protection, only)
     total = len(spec.sublayers)

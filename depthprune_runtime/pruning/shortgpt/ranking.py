@@ -11,7 +11,6 @@ nothing: `reverse` drops the last block first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +20,11 @@ from torch.nn.functional import cosine_similarity
 from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import CalibrationSet, stream_hidden_states
+from depthprune_runtime.progress import Advance
 from depthprune_runtime.pruning.amount import block_pairs
 from depthprune_runtime.pruning.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.shortgpt.options import PROTECTED_SCORES, RANKINGS, Score
 from depthprune_runtime.pruning.spans import dropped_blocks, equal_errors, evidence, span_errors
-
-Progress = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def token_scores(entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:  #
 
 
 def score_blocks(
-    checkpoint: Checkpoint, windows: Tensor, device: torch.device, dtype: torch.dtype, progress: Progress
+    checkpoint: Checkpoint, windows: Tensor, device: torch.device, dtype: torch.dtype, progress: Advance
 ) -> BlockScores:
     """Both data-driven scores of every block in one pass over `windows` [N, S]."""
     blocks = block_pairs(checkpoint.spec)
@@ -95,7 +93,7 @@ def plan_shortgpt(
     score: Score = "block-influence",
     protect_last: bool | None = None,
     parent_digest: str = "",
-    progress: Progress = lambda: None,
+    progress: Advance = lambda: None,
 ) -> PrunePlan:
     """Drop the `blocks` blocks with the lowest score. (`after-repair` is `plan_after_repair`.)
 
@@ -134,7 +132,7 @@ def plan_after_repair(
     device: torch.device,
     protect_last: bool = True,
     parent_digest: str = "",
-    advance: Progress = lambda: None,
+    advance: Advance = lambda: None,
 ) -> PrunePlan:
     """Drop the `blocks` blocks whose spans leave the least error. The plan keeps every span's error."""
     pairs = block_pairs(checkpoint.spec)

@@ -45,6 +45,15 @@ class FusedStep:
                 self._tables[sublayer.rotary] = sublayer.rotary.rows(max_context)
 
     @staticmethod
+    def refuses(decoder: Decoder) -> str | None:
+        """Why this step is not worth running for `decoder`, op by op being as good; None if it is."""
+        key = decoder.device.type.upper()
+        missing = [name for name in FusedStep.ops_used(decoder) if ops.implementations(name).get(key) != "native"]
+        if not missing:
+            return None
+        return f"no {key} implementation of {', '.join(missing)}; install triton and build the extension where nvcc is"
+
+    @staticmethod
     def ops_used(decoder: Decoder) -> list[str]:
         """Ops that need an implementation of the device for the step to be worth anything."""
         used = {"draw_tokens", "linear_add", "next_tokens", "norm_logits"}
@@ -92,12 +101,6 @@ class FusedStep:
         eps = self._decoder.spec.rms_norm_eps
         inner = ops.norm_gated_linear(residual, sublayer.norm, eps, sublayer.gate_up.weight, sublayer.gate_up.bias)
         ops.linear_add(inner, residual, sublayer.down.weight, sublayer.down.bias)
-
-
-def missing_ops(decoder: Decoder) -> list[str]:
-    """Of the ops used, those that have only their reference on the decoder's device."""
-    key = decoder.device.type.upper()
-    return [name for name in FusedStep.ops_used(decoder) if ops.implementations(name).get(key) != "native"]
 
 
 def inert_state(batch: int, width: int, device: torch.device) -> StepState:

@@ -8,22 +8,22 @@ import torch
 from gpu_models import CUDA, SPECS, decoder, needs_gpu
 from specs import mixed_spec
 
-from depthprune_runtime.engine.decode_loop import DecodeLoop, Rows, build_decode_loop
+from depthprune_runtime.engine.decode_paths import DecodeBatch
+from depthprune_runtime.engine.gpu_graphs import GpuGraphs
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 
 pytestmark = needs_gpu
 
 
-def built(spec: DecoderSpec, dtype: torch.dtype = torch.bfloat16) -> DecodeLoop:
+def built(spec: DecoderSpec, dtype: torch.dtype = torch.bfloat16) -> GpuGraphs:
     model = decoder(spec, CUDA, dtype, dtype)
-    loop = build_decode_loop(model, KVCache(spec, 64, 16, CUDA, dtype))
-    assert loop is not None, "the kernels of the decode step are not all there"
-    return loop
+    assert GpuGraphs.refuses(model) is None, "the kernels of the decode step are not all there"
+    return GpuGraphs(model, KVCache(spec, 64, 16, CUDA, dtype))
 
 
-def rows(count: int) -> Rows:
-    return Rows(
+def rows(count: int) -> DecodeBatch:
+    return DecodeBatch(
         np.arange(3, 3 + count),
         np.zeros(count, dtype=np.int64),
         np.arange(4 * count).reshape(count, 4),

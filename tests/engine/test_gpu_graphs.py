@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthprune_runtime import SamplingParams
 from depthprune_runtime.engine import runner
-from depthprune_runtime.engine.decode_loop import MAX_STEPS, DecodeLoop, Rows
+from depthprune_runtime.engine.decode_paths import MAX_STEPS, DecodeBatch
+from depthprune_runtime.engine.gpu_graphs import GpuGraphs
 from depthprune_runtime.engine.kv_cache import KVCache
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.model.batch import packed
-from depthprune_runtime.model.fused_step import FusedStep, inert_state, missing_ops
+from depthprune_runtime.model.steps.gpu import FusedStep, inert_state
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
 
 CPU = torch.device("cpu")
@@ -26,8 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def looped(monkeypatch):
     """Engines decode through the loop, as they do on a GPU."""
-    monkeypatch.setattr(runner, "build_decode_loop", DecodeLoop)
-    monkeypatch.setattr(runner, "build_decode_step", lambda *_: None)
+    monkeypatch.setattr(runner, "choose_path", GpuGraphs)
 
 
 def finish(engine) -> dict[str, list[int]]:
@@ -73,8 +73,7 @@ def test_any_mix_of_requests_over_any_memory(data):
     spec = SPECS["mixed"]
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans(), "as on a GPU"):
-            patch.setattr(runner, "build_decode_loop", DecodeLoop)
-            patch.setattr(runner, "build_decode_step", lambda *_: None)
+            patch.setattr(runner, "choose_path", GpuGraphs)
         engine = random_decoder.engine(
             spec, kv_blocks=data.draw(st.integers(12, 40)), decode_steps=data.draw(st.integers(1, MAX_STEPS))
         )
@@ -110,13 +109,13 @@ def test_drawn_tokens_are_those_of_single_steps(looped):
     found = finish(engine)
     for i, param in enumerate(params):
         assert tuple(found[str(i)]) == random_decoder.solo(SPECS["plain"], PROMPTS[i], param)
-    assert any(draws for _, _, draws in engine._runner._loop._buckets)
+    assert any(draws for _, _, draws in engine._runner._path._buckets)
 
 
 def test_one_request_may_fail_alone(looped):
     spec = SPECS["plain"]
     engine = random_decoder.engine(spec, kv_blocks=32)
-    step = engine._runner._loop
+    step = engine._runner._path
     original = step.tokens
     step.tokens = lambda rows, steps: np.where(
         (np.arange(len(rows.ids)) == 1) & (len(rows.ids) == 3), -1, original(rows, steps)
@@ -138,13 +137,13 @@ def loop_and_cache(spec):
     for pair in cache.pairs:
         for part in pair or ():
             part.fill_(torch.nan)
-    return DecodeLoop(random_decoder.decoder(spec), cache), cache
+    return GpuGraphs(random_decoder.decoder(spec), cache), cache
 
 
 def test_rows_that_hold_no_request_write_nothing():
     loop, cache = loop_and_cache(SPECS["mixed"])
     tables = np.arange(9).reshape(3, 3)
-    rows = Rows(np.array([3, 4, 5]), np.array([0, 0, 0]), tables, [[], [], []], [0.0] * 3)
+    rows = DecodeBatch(np.array([3, 4, 5]), np.array([0, 0, 0]), tables, [[], [], []], [0.0] * 3)
     loop.tokens(rows, 5)  # a bucket of 4 rows
     for pair in cache.pairs:
         for part in pair or ():
@@ -155,10 +154,10 @@ def test_rows_that_hold_no_request_write_nothing():
 
 def test_a_stop_token_ends_the_writes_of_its_row():
     loop, cache = loop_and_cache(SPECS["plain"])
-    free = loop.tokens(Rows(np.array([3]), np.array([0]), np.array([[0, 1, 2]]), [[]], [0.0]), 6)[:, 0]
+    free = loop.tokens(DecodeBatch(np.array([3]), np.array([0]), np.array([[0, 1, 2]]), [[]], [0.0]), 6)[:, 0]
     at = next(n for n in range(1, 6) if free[n] not in free[:n])
     loop, cache = loop_and_cache(SPECS["plain"])
-    rows = Rows(np.array([3]), np.array([0]), np.array([[0, 1, 2]]), [[int(free[at])]], [0.0])
+    rows = DecodeBatch(np.array([3]), np.array([0]), np.array([[0, 1, 2]]), [[int(free[at])]], [0.0])
     assert loop.tokens(rows, 6)[: at + 1, 0].tolist() == free[: at + 1].tolist()
     keys = cache.pairs[0][0].flatten(0, 1)
     assert int((~keys.isnan().flatten(1).any(1)).sum()) == at + 1
@@ -182,7 +181,7 @@ def test_five_launches_a_block_and_four_a_step(name, most):
     """Every op of the step is one launch on a GPU; the graph captured there is counted by tests/gpu."""
     spec = SPECS[name]
     loop, _ = loop_and_cache(spec)
-    bucket = loop._load(Rows(np.array([3]), np.array([0]), np.array([[0, 1]]), [[]], [0.0]))
+    bucket = loop._load(DecodeBatch(np.array([3]), np.array([0]), np.array([[0, 1]]), [[]], [0.0]))
     with torch.inference_mode(), Launches() as launches:
         bucket.replay()
     attentions = sum(isinstance(s, AttentionSpec) for s in spec.sublayers)
@@ -196,7 +195,7 @@ def test_logits_of_the_fused_step():
         loop, _ = loop_and_cache(spec)
         ids = [7, 21, 3, 50]
         for position, token in enumerate(ids):
-            rows = Rows(np.array([token]), np.array([position]), np.array([[2, 0]]), [[]], [0.0])
+            rows = DecodeBatch(np.array([token]), np.array([position]), np.array([[2, 0]]), [[]], [0.0])
             logits = loop.logits(rows).clone()
         with torch.inference_mode():
             hidden = decoder.hidden_states(torch.tensor(ids), packed([4], CPU))
@@ -207,7 +206,8 @@ def test_an_inert_state_and_the_ops_it_needs():
     spec = SPECS["q/k-norm"]
     decoder = random_decoder.decoder(spec)
     assert "rotary_kv_write" in FusedStep.ops_used(decoder)
-    assert "norm_qkv" in missing_ops(random_decoder.decoder(SPECS["plain"]))  # the CPU has its own step
+    reason = FusedStep.refuses(random_decoder.decoder(SPECS["plain"]))  # the CPU has its own step
+    assert reason is not None and reason.startswith("no CPU implementation of draw_tokens, ") and "norm_qkv" in reason
     assert inert_state(2, 3, CPU).block_tables.shape == (2, 3)
 
 

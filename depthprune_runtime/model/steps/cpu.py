@@ -7,7 +7,7 @@ kernels with the same roundings: the logits are equal bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,28 +17,18 @@ from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import Linear
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair
-from depthprune_runtime.weights.panels import PanelWeight
-from depthprune_runtime.weights.quantized import QuantizedWeight
+from depthprune_runtime.weights.packed import pack
 
 if TYPE_CHECKING:
     from depthprune_runtime import _C
 
 
-def build_decode_step(decoder: Decoder, kv: Sequence[KVPair | None]) -> DecodeStep | None:
-    """The step over `decoder` and its KV cache; None where ops run instead.
-
-    That is: no CPU, no extension, or quantised weights whose inputs are not to be rounded.
-    """
-    module = extension()
-    if module is None or decoder.device.type != "cpu" or not decoder.rounds_inputs:
-        return None
-    return DecodeStep(module, decoder, kv)
-
-
 class DecodeStep:
-    """max_tokens: most requests of a step; more go through the ops, whose matrix products are the better ones then."""
+    """The step over `decoder`, which it must not refuse, and its KV cache."""
 
-    def __init__(self, module: Any, decoder: Decoder, kv: Sequence[KVPair | None]) -> None:
+    def __init__(self, decoder: Decoder, kv: Sequence[KVPair | None]) -> None:
+        module = extension()
+        assert module is not None
         self._module = module
         self._rotary: list[RotaryTable] = []
         builder: _C.StepBuilder = module.StepBuilder(decoder.dtype, decoder.spec.hidden_size, decoder.spec.rms_norm_eps)
@@ -52,8 +42,20 @@ class DecodeStep:
         builder.set_ends(embedding, decoder.norm, self._linear(decoder.lm_head))
         self._step: _C.DecodeStep = module.DecodeStep(builder)
 
+    @staticmethod
+    def refuses(decoder: Decoder) -> str | None:
+        """Why this step cannot run `decoder`; None if it can."""
+        if decoder.device.type != "cpu":
+            return f"the C++ decode step is for the CPU, and the model is on {decoder.device}"
+        if extension() is None:
+            return "the C++ extension is not in use"
+        if not decoder.rounds_inputs:
+            return "the C++ decode step rounds the inputs of quantised weights to 8 bits, which `activations` forbids"
+        return None
+
     @property
     def max_tokens(self) -> int:
+        """Most requests of a step; more go through the ops, whose matrix products are the better ones then."""
         return self._step.max_tokens()
 
     def logits(
@@ -104,14 +106,8 @@ class DecodeStep:
         )
 
     def _linear(self, linear: Linear) -> _C.StepLinear:
-        weight = linear.weight
-        rows, columns = weight.shape
-        if isinstance(weight, QuantizedWeight):
-            parts = [weight.codes, weight.scales] + ([] if weight.zeros is None else [weight.zeros])
-            bits, group_size = weight.spec.bits, weight.spec.group_size
-        elif isinstance(weight, PanelWeight):
-            parts, bits, group_size = [weight.panels], 16, 0
-        else:
-            parts, bits, group_size = [weight], 0, 0
-        step_linear: _C.StepLinear = self._module.StepLinear(parts, linear.bias, rows, columns, bits, group_size)
+        parts, (rows, number, bits, group_size) = pack(linear.weight)
+        step_linear: _C.StepLinear = self._module.StepLinear(
+            parts, linear.bias, rows, linear.weight.in_features, number, bits, group_size
+        )
         return step_linear
