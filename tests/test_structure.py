@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "errors",
         "fields",
         "options",
+        "paths",
         "plan",
         "progress",
         "spec",
