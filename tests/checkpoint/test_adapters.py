@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from depthprune_runtime import InputError, import_model
+from depthprune_runtime import InputError, import_model, prune
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.cli import main
 
@@ -241,3 +241,22 @@ def test_equals_what_peft_merges(tmp_path, kind, family):
         torch.testing.assert_close(found.tensor(name), expected.tensor(name), rtol=1e-5, atol=1e-5)
         changed += not found.tensor(name).equal(open_checkpoint(base).tensor(name))
     assert changed
+
+
+def test_adapters_of_an_exported_folder(pico_file, tmp_path):
+    """Of our own class: two FFNs in a layer, and one that lost its attention."""
+    export = pytest.importorskip("depthprune_runtime.export.export", reason="there is no export")
+    prune(pico_file, tmp_path / "p", drop="2.attention,4.ffn", repair="none")
+    export.export_model(tmp_path / "p", tmp_path / "folder", "hf")
+    names = load_file(tmp_path / "folder" / "model.safetensors")
+    module = "model.layers.1.mlps.1.down_proj"
+    weight = names[f"{module}.weight"]
+    tensors = {
+        f"base_model.model.{module}.lora_A.weight": random(4, weight.shape[1]),
+        f"base_model.model.{module}.lora_B.weight": random(weight.shape[0], 4),
+    }
+    merged, plain = merge(tmp_path / "folder", tmp_path, tensors), open_checkpoint(tmp_path / "p")
+    assert merged.spec == plain.spec and merged.plan == plain.plan
+    changed = [name for name in plain.spec.tensor_shapes() if not merged.tensor(name).equal(plain.tensor(name))]
+    assert changed == ["sublayers.4.down_proj.weight"]
+    torch.testing.assert_close(merged.tensor(changed[0]), weight + 1.5 * product(tensors, module))
