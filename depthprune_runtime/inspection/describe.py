@@ -146,6 +146,11 @@ def _edit_text(edit: Edit) -> str:
     return f"drop {edit.sublayer}"
 
 
+def _plan_line(what: str, plan: PrunePlan) -> str:
+    edits = ", ".join(_edit_text(e) for e in plan.edits)
+    return f"{what:<12}{printable(plan.method)}: {edits or 'no edits'}"
+
+
 def render(description: dict[str, Any]) -> str:
     """Description for people, every text out of the file printable and short."""
     plan = None if description["plan"] is None else PrunePlan.from_json(description["plan"])
@@ -168,8 +173,9 @@ def render(description: dict[str, Any]) -> str:
     if plan is None:
         lines.append("plan        none: dense")
     else:
-        edits = ", ".join(_edit_text(e) for e in plan.edits)
-        lines.append(f"plan        {printable(plan.method)}: {edits or 'no edits'}")
+        earlier = [PrunePlan.from_json(data) for data in description["provenance"].get("plans", ())]
+        lines += [_plan_line("first" if i == 0 else "then", made) for i, made in enumerate(earlier)]
+        lines.append(_plan_line("plan", plan))
     lines += [
         *_deployment_lines(description),
         "by block of the parent (# kept, . gone)",
