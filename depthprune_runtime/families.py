@@ -85,11 +85,14 @@ GGUF_NAMES: dict[str, tuple[str, ...]] = {
     "attention.norm.weight": (_GGUF_BLOCK + "attn_norm.weight",),
     "attention.qkv_proj.weight": tuple(_GGUF_BLOCK + f"attn_{x}.weight" for x in "qkv"),
     "attention.qkv_proj.bias": tuple(_GGUF_BLOCK + f"attn_{x}.bias" for x in "qkv"),
+    "attention.q_norm.weight": (_GGUF_BLOCK + "attn_q_norm.weight",),
+    "attention.k_norm.weight": (_GGUF_BLOCK + "attn_k_norm.weight",),
     "attention.o_proj.weight": (_GGUF_BLOCK + "attn_output.weight",),
     "attention.o_proj.bias": (_GGUF_BLOCK + "attn_output.bias",),
     "ffn.norm.weight": (_GGUF_BLOCK + "ffn_norm.weight",),
     "ffn.gate_up_proj.weight": (_GGUF_BLOCK + "ffn_gate.weight", _GGUF_BLOCK + "ffn_up.weight"),
     "ffn.down_proj.weight": (_GGUF_BLOCK + "ffn_down.weight",),
+    "ffn.down_proj.bias": (_GGUF_BLOCK + "ffn_down.bias",),
 }
 
 
@@ -119,7 +122,8 @@ def source_shapes(table: Mapping[str, tuple[str, ...]], spec: DecoderSpec) -> di
     return found
 
 
-def _rope(config: Config) -> RopeSpec:
+def rope_from_config(config: Config) -> RopeSpec:
+    """Rotary positions from `rope_parameters`, or from the older `rope_scaling` and `rope_theta`."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, Mapping):
         raise InputError(f"config.rope_parameters: expected an object, got {type(parameters).__name__}")
@@ -144,9 +148,42 @@ def _rope(config: Config) -> RopeSpec:
         )
     if kind == "factors":
         return RopeSpec(theta=theta, kind="factors", factors=tuple(parameters["factors"]))
+    if kind == "longrope":
+        return _longrope(theta, parameters)
     raise InputError(
         f"config.rope_parameters: expected rope_type default, linear or llama3, got {printable(repr(kind))}"
     )
+
+
+def _longrope(theta: float, parameters: Config) -> RopeSpec:
+    """One divisor a frequency, if short and long contexts have the same ones and attention is not scaled."""
+    factors = parameters.get("long_factor")
+    if not isinstance(factors, list) or parameters.get("short_factor") != factors:
+        raise InputError("config.rope_parameters: longrope: expected short_factor equal to long_factor")
+    if parameters.get("attention_factor") != 1.0:
+        raise InputError("config.rope_parameters: longrope: expected attention_factor 1.0")
+    return RopeSpec(theta=theta, kind="factors", factors=tuple(factors))
+
+
+def rope_to_config(rope: RopeSpec) -> dict[str, Any]:
+    """The `rope_parameters` of a Hugging Face config that mean `rope`."""
+    found: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
+    if rope.kind == "linear":
+        found["factor"] = rope.factor
+    elif rope.kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        found |= {name: getattr(rope, name) for name in names}
+    elif rope.kind == "factors":
+        # the one kind of Transformers' with a divisor a frequency
+        found |= {
+            "rope_type": "longrope",
+            "short_factor": list(rope.factors),
+            "long_factor": list(rope.factors),
+            "attention_factor": 1.0,
+            "factor": 1.0,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        }
+    return found
 
 
 _SIZES = (
@@ -207,7 +244,7 @@ def decoder_spec(config: Config) -> DecoderSpec:
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
         rms_norm_eps=config["rms_norm_eps"],
-        rope=_rope(config),
+        rope=rope_from_config(config),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         sublayers=tuple(sublayers),
     )

@@ -1,7 +1,7 @@
-"""GGUF models of the architectures llama and qwen2, dequantised tensor by tensor.
+"""GGUF models of the architectures llama, qwen2, qwen3 and deci, dequantised tensor by tensor.
 
-llama.cpp stores the query and key rows of llama models in interleaved rotary order; they are put back into half-split
-order here. Nothing is taken from outside the file but the other parts of a split one.
+llama.cpp stores the query and key rows of llama and deci models in interleaved rotary order; they are put back into
+half-split order here. Nothing is taken from outside the file but the other parts of a split one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from depthprune_runtime.checkpoint.gguf_split import read_gguf_parts
 from depthprune_runtime.checkpoint.gguf_tokenizer import gguf_assets
 from depthprune_runtime.checkpoint.mapped import WatchedFile
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.families import GGUF_NAMES, decoder_spec
-from depthprune_runtime.spec import AttentionSpec
+from depthprune_runtime.families import GGUF_NAMES, decoder_spec, rope_from_config
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 
 __all__ = ["GGUFCheckpoint", "is_gguf"]
 
-_ARCHITECTURES = ("llama", "qwen2")
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "deci")
+_INTERLEAVED = ("llama", "deci")
 _ROPE_FACTORS = "rope_freqs.weight"
 _PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 _PIECE = 1 << 18  # elements, a multiple of every block size; 1 MiB in float32
@@ -50,8 +51,9 @@ class GGUFCheckpoint(DenseCheckpoint):
         self.watched = tuple(WatchedFile(file) for file in self.source_files)
         self.dtype = dtype if dtype is not None else torch.bfloat16
         with reading(path):
-            config = self._config()
-            self._set_parts(GGUF_NAMES, decoder_spec(config))
+            arch = self._architecture()
+            spec = self._deci_spec() if arch == "deci" else decoder_spec(self._config(arch))
+            self._set_parts(GGUF_NAMES, spec)
         stored = {
             name: StoredTensor(header.tensors[name].kind.name, header.tensors[name].shape)
             for name, header in self._homes.items()
@@ -59,12 +61,12 @@ class GGUFCheckpoint(DenseCheckpoint):
         used = (_ROPE_FACTORS,) if _ROPE_FACTORS in stored else ()
         # every type stands for real numbers; one that the gguf package does not know is refused when it is read
         check_tensors(path, self._parts, stored, kinds, used)
-        self._interleaved = config["model_type"] == "llama"
+        self._interleaved = arch in _INTERLEAVED
         self.provenance = {
             "source": self.name,
             "format": "gguf",
-            "family": config["model_type"],
-            "blocks": config["num_hidden_layers"],
+            "family": arch,
+            "blocks": self._metadata[f"{arch}.block_count"],
             "dequantized_from": kinds,
         }
 
@@ -85,8 +87,16 @@ class GGUFCheckpoint(DenseCheckpoint):
             raise InputError(f"{self.path}: {key}: expected a positive number, got {printable(repr(value))}")
         return number
 
-    def _config(self) -> dict[str, Any]:
-        """The file's metadata as a Hugging Face config."""
+    def _counts(self, key: str, blocks: int) -> list[int]:
+        """`blocks` counts from 0 on under `key`, which holds a list of them or one for all."""
+        value = self._metadata.get(key)
+        listed: list[Any] = value if isinstance(value, list) else [value] * blocks
+        if len(listed) != blocks or not all(type(count) is int and count >= 0 for count in listed):
+            raise InputError(f"{self.path}: {key}: expected {blocks} counts, one a block, got {printable(repr(value))}")
+        return listed
+
+    def _architecture(self) -> str:
+        """The file's architecture, of which nothing is known to be unsupported."""
         arch = self._metadata.get("general.architecture")
         if arch not in _ARCHITECTURES:
             raise InputError(
@@ -98,6 +108,44 @@ class GGUFCheckpoint(DenseCheckpoint):
             raise InputError(f"{self.path}: {arch}.{unsupported[0]} is not supported")
         if "token_embd.weight" not in self._homes:
             raise InputError(f"{self.path}: tensor token_embd.weight is missing")
+        return str(arch)
+
+    def _deci_spec(self) -> DecoderSpec:
+        """Blocks that may lack a half, each with its own widths."""
+
+        def integer(key: str) -> int:
+            return int(self._number(f"deci.{key}", int))
+
+        blocks = integer("block_count")
+        check_block_count(blocks, self._homes, f"{self.path}: deci.block_count")
+        heads, kv_heads, widths = (
+            self._counts(f"deci.{key}", blocks)
+            for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+        )
+        width = integer("embedding_length")
+        head_dim = int(self._number("deci.attention.key_length", int, width // heads[0] if heads[0] else None))
+        sublayers: list[AttentionSpec | FFNSpec] = []
+        for block, (count, kv_count, ffn_width) in enumerate(zip(heads, kv_heads, widths, strict=True)):
+            if count and not kv_count:
+                raise InputError(f"{self.path}: block {block}: attention replaced by a linear layer is not supported")
+            biases = [f"blk.{block}.{part}.bias" in self._homes for part in ("attn_q", "attn_output", "ffn_down")]
+            if count:
+                sublayers.append(AttentionSpec(count, kv_count, head_dim, (block,), biases[0], biases[1]))
+            if ffn_width:
+                sublayers.append(FFNSpec(ffn_width, (block,), down_bias=biases[2]))
+        epsilon = self._number("deci.attention.layer_norm_rms_epsilon", float)
+        return DecoderSpec(
+            width,
+            self._homes["token_embd.weight"].tensors["token_embd.weight"].shape[0],
+            integer("context_length"),
+            float(f"{epsilon:.6g}"),
+            rope_from_config({"rope_parameters": self._rope("deci")}),
+            "output.weight" not in self._homes,
+            tuple(sublayers),
+        )
+
+    def _config(self, arch: str) -> dict[str, Any]:
+        """The file's metadata as a Hugging Face config."""
 
         def integer(key: str, default: int | None = None) -> int:
             return int(self._number(f"{arch}.{key}", int, default))
@@ -183,11 +231,8 @@ class GGUFCheckpoint(DenseCheckpoint):
             flat[first : first + piece.size] = torch.from_numpy(piece)
             first += piece.size
         values = flat.view(shape)
-        attention = self.spec.attention_sublayers()[0]
-        if self._interleaved and ".attn_q." in source:
-            return _half_split(values, attention, attention.num_heads)
-        if self._interleaved and ".attn_k." in source:
-            return _half_split(values, attention, attention.num_kv_heads)
+        if self._interleaved and (".attn_q." in source or ".attn_k." in source):
+            return _half_split(values, self.spec.attention_sublayers()[0].head_dim)
         return values
 
     @functools.cached_property
@@ -199,7 +244,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         return self._assets
 
 
-def _half_split(values: Tensor, attention: AttentionSpec, heads: int) -> Tensor:  # [heads * D, ...]
+def _half_split(values: Tensor, head_dim: int) -> Tensor:  # [heads * D, ...]
     """Rows of each head from interleaved pairs (0, D/2, 1, D/2 + 1, ...) to halves (0, 1, ..)."""
-    pairs = values.view(heads, attention.head_dim // 2, 2, *values.shape[1:])
+    pairs = values.view(-1, head_dim // 2, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape)
