@@ -16,7 +16,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.server.options import ServerOptions
 
 _BACKLOG = 2048
-_GRACE_SECONDS = 5  # for clients to read the end of an answer that was aborted
+_GRACE_SECONDS = 10  # for clients to read the end of an answer that was aborted
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

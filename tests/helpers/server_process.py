@@ -33,7 +33,7 @@ class ServerProcess:
         """SIGTERM, and the status that it ends with."""
         if self.process.poll() is None:
             self.process.terminate()
-        self.said += self.process.communicate(timeout=120)[1]
+        self.said += self.process.communicate(timeout=300)[1]
         return self.process.returncode
 
 
