@@ -51,7 +51,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         self.dtype = dtype if dtype is not None else torch.bfloat16
         with reading(path):
             config = self._config()
-            self._set_parts(GGUF_NAMES, decoder_spec(config))
+            self._set_parts(GGUF_NAMES, decoder_spec(config), {})
         stored = {
             name: StoredTensor(header.tensors[name].kind.name, header.tensors[name].shape)
             for name, header in self._homes.items()

@@ -25,7 +25,7 @@ from depthprune_runtime.checkpoint.dense import DenseCheckpoint, StoredTensor, c
 from depthprune_runtime.checkpoint.gate import parse_json, read_object, reading
 from depthprune_runtime.checkpoint.mapped import MappedFile, WatchedFile
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.families import FAMILIES, HF_NAMES, decoder_spec
+from depthprune_runtime.families import FAMILIES, Names, decoder_spec
 
 _log = logging.getLogger("depthprune_runtime")
 _SINGLE = "model.safetensors"
@@ -126,10 +126,12 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             self._check_blocks(stored["num_hidden_layers"])
         config = self._full_config()
         self._check_blocks(config.get("num_hidden_layers"))
-        table = self._table()
+        family = FAMILIES[config["model_type"]]
+        table = self._table(family.names)
         self.dtype = dtype if dtype is not None else self._stored_dtype(table)
         with reading(folder / "config.json"):
-            self._set_parts(table, decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)}))
+            spec = decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)})
+            self._set_parts(table, spec, family.folds(config))
         unused = table[_HEAD] if self.spec.tie_word_embeddings else ()
         check_tensors(folder, self._parts, self._stored, _FLOATS, unused)
         # what Transformers makes a generation config of where there is none
@@ -177,12 +179,12 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
                 found[name] = StoredTensor(str(entry["dtype"]), tuple(entry["shape"]))
         return found
 
-    def _table(self) -> dict[str, tuple[str, ...]]:
-        """`HF_NAMES` with the names of these files: a base model saved alone has no prefix; embedding and head may be
-        one tensor under either name."""
-        table = dict(HF_NAMES)
+    def _table(self, names: Names) -> dict[str, tuple[str, ...]]:
+        """`names` as these files have them: a base model saved alone has no prefix; embedding and head may be one
+        tensor under either name."""
+        table = dict(names)
         if not any(name.startswith(_PREFIX) for name in self._stored):
-            table = {k: tuple(name.removeprefix(_PREFIX) for name in names) for k, names in table.items()}
+            table = {k: tuple(name.removeprefix(_PREFIX) for name in parts) for k, parts in table.items()}
         return table
 
     def _tied(self, config: Mapping[str, Any], table: dict[str, tuple[str, ...]]) -> bool:
