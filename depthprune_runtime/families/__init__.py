@@ -25,6 +25,7 @@ from depthprune_runtime.spec import DecoderSpec
 
 __all__ = [
     "FAMILIES",
+    "GGUF_FAMILIES",
     "GGUF_NAMES",
     "HF_NAMES",
     "Config",
@@ -52,6 +53,8 @@ _ALL = (
     GEMMA3,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+
+GGUF_FAMILIES: dict[str, Family] = {family.gguf.architecture: family for family in _ALL if family.gguf is not None}
 
 
 def decoder_spec(config: Config) -> DecoderSpec:

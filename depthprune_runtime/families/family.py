@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from depthprune_runtime.families.config import Config
-from depthprune_runtime.families.names import HF_NAMES, Names
+from depthprune_runtime.families.names import GGUF_NAMES, HF_NAMES, Names
 from depthprune_runtime.families.rope import rope_spec
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
 
@@ -19,6 +20,7 @@ class Fold:
     factor: float = 1.0
 
 
+Reader = Callable[[str], Any]  # metadata by name, None where there is none
 Folds = Mapping[str, Fold]  # by the keys of a table of names
 
 
@@ -38,13 +40,35 @@ def _no_folds(config: Config) -> Folds:
     return {}
 
 
+def _more(read: Reader, config: Config) -> Config:
+    return {}
+
+
+@dataclass(frozen=True)
+class GGUFForm:
+    """How llama.cpp stores a family.
+
+    architecture: its name there; names: of tensors; interleaved: whether the rows of queries and keys are in
+    interleaved rotary order; reads: optional metadata that `config` understands and that is refused otherwise; config:
+    further keys of the Hugging Face config, from metadata by its name behind the architecture's and from the config so
+    far; folded: whether what `Family.folds` folds is folded already.
+    """
+
+    architecture: str
+    names: Names = field(default_factory=lambda: GGUF_NAMES)
+    interleaved: bool = False
+    reads: tuple[str, ...] = ()
+    config: Callable[[Reader, Config], Config] = _more
+    folded: bool = False
+
+
 @dataclass(frozen=True)
 class Family:
     """One family. What is not given is as in Llama.
 
     attention, ffn, decoder: from the parts as Llama has them to the family's; `origin[0]` is the block. rope: of the
     decoder. names, folds: of a Hugging Face folder. activation_key: the config's key. partial_rotary: whether the
-    config may ask for heads that are rotated in part.
+    config may ask for heads that are rotated in part. gguf: None where GGUF files of it are not read.
     """
 
     model_type: str
@@ -56,3 +80,4 @@ class Family:
     folds: Callable[[Config], Folds] = _no_folds
     activation_key: str = "hidden_act"
     partial_rotary: bool = False
+    gguf: GGUFForm | None = None

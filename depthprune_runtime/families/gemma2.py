@@ -6,7 +6,7 @@ import dataclasses
 
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.families.config import Config, attention_bias, number, window
-from depthprune_runtime.families.family import Family, Fold, Folds
+from depthprune_runtime.families.family import Family, Fold, Folds, GGUFForm, Reader
 from depthprune_runtime.families.names import HF_BLOCK, HF_NAMES
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 
@@ -52,6 +52,28 @@ def folds(config: Config) -> Folds:
     return {f"{name}.weight": Fold(shift=1.0) for name in _GAINS}
 
 
+def query_scalar(config: Config, deepest: int) -> int:
+    """As llama.cpp has it: the largest model of the family, by its number of blocks, is unlike the others."""
+    widest = config["num_hidden_layers"] == deepest
+    return int(config["hidden_size"] // config["num_attention_heads"] if widest else config["head_dim"])
+
+
+def sliding_but_every(interval: int, config: Config) -> list[str]:
+    blocks = range(config["num_hidden_layers"])
+    return ["full_attention" if (block + 1) % interval == 0 else "sliding_attention" for block in blocks]
+
+
+def _gguf_config(read: Reader, config: Config) -> Config:
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": read("attention.sliding_window") or 4096,
+        "layer_types": sliding_but_every(2, config),
+        "attn_logit_softcapping": read("attn_logit_softcapping") or 50.0,
+        "final_logit_softcapping": read("final_logit_softcapping") or 30.0,
+        "query_pre_attn_scalar": query_scalar(config, deepest=46),
+    }
+
+
 GEMMA2 = Family(
     "gemma2",
     attention=attention,
@@ -60,4 +82,5 @@ GEMMA2 = Family(
     names=NAMES,
     folds=folds,
     activation_key="hidden_activation",
+    gguf=GGUFForm("gemma2", config=_gguf_config, folded=True),
 )

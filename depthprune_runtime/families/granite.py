@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from depthprune_runtime.families.config import Config, attention_bias, number
-from depthprune_runtime.families.family import Family, Fold, Folds
+from depthprune_runtime.families.config import Config, attention_bias, head_dim, number
+from depthprune_runtime.families.family import Family, Fold, Folds, GGUFForm, Reader
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 
 
@@ -35,4 +35,24 @@ def _folds(config: Config) -> Folds:
     }
 
 
-GRANITE = Family("granite", attention=_attention, decoder=_decoder, folds=_folds)
+_GGUF = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+}
+
+
+def _gguf_config(read: Reader, config: Config) -> Config:
+    found = {key: read(name) for key, name in _GGUF.items()}
+    missing = {"attention_multiplier": head_dim(config) ** -0.5}
+    return {key: value or missing.get(key, 1.0) for key, value in found.items()}
+
+
+GRANITE = Family(
+    "granite",
+    attention=_attention,
+    decoder=_decoder,
+    folds=_folds,
+    gguf=GGUFForm("granite", interleaved=True, reads=tuple(_GGUF.values()), config=_gguf_config),
+)

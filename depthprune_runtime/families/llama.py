@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from depthprune_runtime.families.config import Config, attention_bias
-from depthprune_runtime.families.family import Family
+from depthprune_runtime.families.family import Family, GGUFForm
 from depthprune_runtime.spec import AttentionSpec
 
 
@@ -14,4 +14,4 @@ def _attention(config: Config, plain: AttentionSpec) -> AttentionSpec:
     return dataclasses.replace(plain, qkv_bias=biased, o_bias=biased)
 
 
-LLAMA = Family("llama", attention=_attention)
+LLAMA = Family("llama", attention=_attention, gguf=GGUFForm("llama", interleaved=True))

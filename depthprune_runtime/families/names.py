@@ -36,11 +36,15 @@ GGUF_NAMES: dict[str, tuple[str, ...]] = {
     "attention.norm.weight": (GGUF_BLOCK + "attn_norm.weight",),
     "attention.qkv_proj.weight": tuple(GGUF_BLOCK + f"attn_{x}.weight" for x in "qkv"),
     "attention.qkv_proj.bias": tuple(GGUF_BLOCK + f"attn_{x}.bias" for x in "qkv"),
+    "attention.q_norm.weight": (GGUF_BLOCK + "attn_q_norm.weight",),
+    "attention.k_norm.weight": (GGUF_BLOCK + "attn_k_norm.weight",),
+    "attention.post_norm.weight": (GGUF_BLOCK + "post_attention_norm.weight",),
     "attention.o_proj.weight": (GGUF_BLOCK + "attn_output.weight",),
     "attention.o_proj.bias": (GGUF_BLOCK + "attn_output.bias",),
     "ffn.norm.weight": (GGUF_BLOCK + "ffn_norm.weight",),
     "ffn.gate_up_proj.weight": (GGUF_BLOCK + "ffn_gate.weight", GGUF_BLOCK + "ffn_up.weight"),
     "ffn.down_proj.weight": (GGUF_BLOCK + "ffn_down.weight",),
+    "ffn.post_norm.weight": (GGUF_BLOCK + "post_ffw_norm.weight",),
 }
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import logging
 
 from depthprune_runtime.families.config import Config
-from depthprune_runtime.families.family import Family
-from depthprune_runtime.families.names import HF_BLOCK, HF_NAMES
+from depthprune_runtime.families.family import Family, GGUFForm
+from depthprune_runtime.families.names import GGUF_BLOCK, GGUF_NAMES, HF_BLOCK, HF_NAMES
 from depthprune_runtime.families.rope import longrope_context
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 
@@ -43,4 +43,13 @@ PHI3 = Family(
         "ffn.gate_up_proj.weight": (HF_BLOCK + "mlp.gate_up_proj.weight",),
     },
     partial_rotary=True,
+    gguf=GGUFForm(
+        "phi3",
+        names={
+            **GGUF_NAMES,
+            "attention.qkv_proj.weight": (GGUF_BLOCK + "attn_qkv.weight",),
+            "ffn.gate_up_proj.weight": (GGUF_BLOCK + "ffn_up.weight",),
+        },
+        config=lambda read, config: {"sliding_window": read("attention.sliding_window") or None},
+    ),
 )

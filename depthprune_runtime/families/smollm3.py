@@ -6,7 +6,7 @@ import dataclasses
 
 from depthprune_runtime.errors import InputError
 from depthprune_runtime.families.config import Config, attention_bias, window
-from depthprune_runtime.families.family import Family
+from depthprune_runtime.families.family import Family, GGUFForm, Reader
 from depthprune_runtime.spec import AttentionSpec
 
 
@@ -22,4 +22,9 @@ def _attention(config: Config, plain: AttentionSpec) -> AttentionSpec:
     )
 
 
-SMOLLM3 = Family("smollm3", attention=_attention)
+def _gguf_config(read: Reader, config: Config) -> Config:
+    """llama.cpp takes every fourth block, whatever the model."""
+    return {"no_rope_layers": [int((block + 1) % 4 != 0) for block in range(config["num_hidden_layers"])]}
+
+
+SMOLLM3 = Family("smollm3", attention=_attention, gguf=GGUFForm("smollm3", interleaved=True, config=_gguf_config))

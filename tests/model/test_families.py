@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pico
 import pytest
 import torch
+from gguf_files import write_gguf
 
 from depthprune_runtime import InputError, Runtime, SamplingParams
 from depthprune_runtime.checkpoint import open_checkpoint, write_native
-from depthprune_runtime.families import FAMILIES
+from depthprune_runtime.families import FAMILIES, GGUF_FAMILIES
 from depthprune_runtime.plan import Drop, PrunePlan
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 
@@ -113,6 +116,47 @@ def test_a_file_holds_what_the_folder_does(family, tmp_path):
     runtime = Runtime.load(path, device="cpu")
     assert runtime.spec == loaded(family).spec
     assert torch.equal(runtime.logits(ids_of()), loaded(family).logits(ids_of()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", sorted(f.model_type for f in GGUF_FAMILIES.values()))
+def test_gguf_logits_equal_transformers(family, tied, tmp_path):
+    changes = {
+        "smollm3": {"num_hidden_layers": 5, "no_rope_layer_interval": 4},  # llama.cpp knows no other
+        "gemma2": {"query_pre_attn_scalar": 16, "num_hidden_layers": 4},
+        "gemma3_text": {"query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window_pattern": 6},
+    }
+    model = pico.build_model(family, tie_word_embeddings=tied, **changes.get(family, {}))
+    path = write_gguf(model, tmp_path / "m.gguf")
+    checkpoint = open_checkpoint(path, torch.float32)
+    with torch.no_grad():
+        theirs = model(ids_of()).logits[0]
+    ours = Runtime(checkpoint, torch.device("cpu"), torch.float32)
+    assert relative_error(ours.logits(ids_of())[0], theirs) <= 1e-5
+    assert checkpoint.provenance["family"] == family
+
+
+def test_gguf_of_olmo3_is_refused(tmp_path):
+    """It has the architecture of OLMo 2, and windows in some blocks."""
+    path = write_gguf(pico.build_model("olmo2"), tmp_path / "m.gguf", metadata={"olmo2.attention.sliding_window": 9})
+    with pytest.raises(InputError, match=r"olmo2\.attention\.sliding_window is not supported"):
+        open_checkpoint(path)
+
+
+def test_gguf_longrope(tmp_path):
+    model = pico.build_model("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=64)
+    factors = {
+        "rope_factors_short.weight": np.array(SHORT, dtype=np.float32),
+        "rope_factors_long.weight": np.full(6, 4.0, dtype=np.float32),
+    }
+    attention = math.sqrt(1 + math.log(pico.CONTEXT / 64) / math.log(64))
+    metadata = {"phi3.rope.scaling.attn_factor": attention, "phi3.rope.scaling.original_context_length": 64}
+    path = write_gguf(model, tmp_path / "m.gguf", extra=factors, metadata=metadata)
+    with torch.no_grad():
+        theirs = model(ids_of(60)).logits[0]
+    runtime = Runtime(open_checkpoint(path, torch.float32), torch.device("cpu"), torch.float32)
+    assert relative_error(runtime.logits(ids_of(60))[0], theirs) <= 1e-5
+    assert runtime.spec.max_position_embeddings == 64
 
 
 def test_longrope_ends_where_its_short_factors_do(tmp_path):
