@@ -80,7 +80,7 @@ def test_linear(benchmark: Any, device: str, name: str, precision: str) -> None:
         panels = PanelWeight(to_panels(weight), rows, columns) if device == "cpu" and panels_pay() else None
         out = timed(benchmark, device, lambda: ops.panel_linear(x, panels) if panels else ops.linear(x, dense))
     else:
-        small = quantized(weight, quant).to(torch.device(device))
+        small = quantized(weight, quant).to(torch.device(device), torch.bfloat16)
         out = timed(benchmark, device, lambda: ops.quantized_linear(x, small))
     assert out.shape == (1, rows) and out.isfinite().all()
 

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from depthprune_runtime.engine.runtime import Runtime
     from depthprune_runtime.errors import InputError
     from depthprune_runtime.evaluation.perplexity import perplexity
+    from depthprune_runtime.export.export import export_model
     from depthprune_runtime.fitting.options import RepairOptions
+    from depthprune_runtime.healing.heal import heal
+    from depthprune_runtime.healing.options import HealOptions
     from depthprune_runtime.pruning.finercut.options import FinerCutOptions
     from depthprune_runtime.pruning.flattengpt.options import FlattenGPTOptions
     from depthprune_runtime.pruning.prune import prune
@@ -39,6 +42,7 @@ __all__ = [
     "EngineOptions",
     "FinerCutOptions",
     "FlattenGPTOptions",
+    "HealOptions",
     "InputError",
     "RepairOptions",
     "RequestOutput",
@@ -46,6 +50,8 @@ __all__ = [
     "SamplingParams",
     "ShortGPTOptions",
     "__version__",
+    "export_model",
+    "heal",
     "import_model",
     "perplexity",
     "prune",
@@ -62,12 +68,15 @@ _HOMES = {
     "EngineOptions": "engine.options",
     "FinerCutOptions": "pruning.finercut.options",
     "FlattenGPTOptions": "pruning.flattengpt.options",
+    "HealOptions": "healing.options",
     "InputError": "errors",
     "RepairOptions": "fitting.options",
     "RequestOutput": "engine.outputs",
     "Runtime": "engine.runtime",
     "SamplingParams": "engine.params",
     "ShortGPTOptions": "pruning.shortgpt.options",
+    "export_model": "export.export",
+    "heal": "healing.heal",
     "import_model": "checkpoint.writing",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning.prune",

@@ -28,3 +28,22 @@ class Progress:
                 bar.update()
 
             yield advance
+
+    @contextlib.contextmanager
+    def reported(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+        """A bar that starts at `done`; the body calls the yielded function with a line about each step."""
+        with tqdm(
+            total=total,
+            initial=done,
+            desc=name,
+            file=sys.stderr,
+            disable=not self._visible,
+            leave=False,
+            mininterval=0.2,
+        ) as bar:
+
+            def report(line: str) -> None:
+                bar.set_postfix_str(line, refresh=False)
+                bar.update()
+
+            yield report

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "depthprune_runtime"
 CSRC = ROOT / "csrc"
+TRAVELS = PACKAGE / "export" / "folder_code"  # goes with a model to whoever has Transformers, and not the package
 
 # Room -> rooms it may import from, besides itself. Rooms are modules or folders of the package.
 MAY_IMPORT = {
@@ -41,6 +42,7 @@ MAY_IMPORT = {
         "errors",
         "fields",
         "options",
+        "paths",
         "plan",
         "progress",
         "spec",
@@ -64,7 +66,9 @@ MAY_IMPORT = {
         "host",
         "fitting",
     },
-    "inspection": {"errors", "spec", "plan", "checkpoint"},
+    "export": {"errors", "plan", "progress", "spec", "families", "checkpoint", "model", "host"},
+    "healing": {"errors", "options", "progress", "spec", "texts", "text", "checkpoint", "model", "host"},
+    "inspection": {"errors", "spec", "plan", "checkpoint", "export"},
     "engine": {"errors", "spec", "generation_config", "weights", "checkpoint", "text", "ops", "model", "host"},
     "evaluation": {"errors", "progress", "engine", "model", "texts", "host", "paths"},
 }
@@ -95,7 +99,9 @@ NO_TORCH = [
     "pruning/flattengpt/options.py",
     "pruning/flattengpt/method.py",
     "quantization/options.py",
+    "export/names.py",
     "inspection/picture.py",
+    "healing/options.py",
     "host/sizes.py",
     "engine/request.py",
     "engine/outputs.py",
@@ -114,7 +120,7 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0 or path.parent == TRAVELS, f"{path}: relative import"
             found |= {f"{node.module}.{a.name}" for a in node.names}
     return found
 
@@ -123,7 +129,7 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if room(p) not in ("kernels", "cli")]
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if room(p) not in ("kernels", "cli") and p.parent != TRAVELS]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -135,6 +141,17 @@ def test_import_directions(path):
         parts = name.split(".")
         if parts[0] == "depthprune_runtime" and len(parts) > 1 and parts[1] != own:
             assert parts[1] in MAY_IMPORT[own], f"{own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted(TRAVELS.glob("*.py")), ids=lambda p: p.name)
+def test_code_that_travels_needs_torch_and_transformers_only(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert (TRAVELS / f"{node.module}.py").is_file(), f"{path}: {node.module}"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            roots = {name.split(".")[0] for name in names}
+            assert roots <= sys.stdlib_module_names | {"torch", "transformers"}, path
 
 
 def test_every_room_has_a_rule():

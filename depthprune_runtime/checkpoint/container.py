@@ -95,6 +95,11 @@ class PendingFile:
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    @contextlib.contextmanager
+    def visible(self) -> Iterator[Path]:
+        """A path under which the file can be read before it has a name, while the body runs."""
+        yield Path(f"/proc/self/fd/{self.file.fileno()}") if self._nameless else self._temporary
+
     def publish(self, path: Path, overwrite: bool = True) -> None:
         """Give the file the name `path` in the same folder; overwrite: in place of whatever has it by now.
 

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -111,12 +112,14 @@ class DenseCheckpoint(Checkpoint):
     """A checkpoint whose packed tensors are concatenated from those of a source in another format."""
 
     where: object  # file or folder, for messages
+    _folds: Folds = MappingProxyType({})
 
-    def _set_parts(self, table: Names, spec: DecoderSpec, folds: Folds) -> None:
+    def _set_parts(self, table: Names, spec: DecoderSpec, folds: Folds | None = None) -> None:
         self.spec = spec
         self._shapes = spec.tensor_shapes()
         self._parts = source_shapes(table, spec)
-        self._folds = folds
+        if folds is not None:
+            self._folds = folds
 
     @abc.abstractmethod
     def _read(self, source: str) -> Tensor:

@@ -12,19 +12,21 @@ from depthprune_runtime.checkpoint.container import DTYPES
 from depthprune_runtime.checkpoint.shards import MAX_SHARDS
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.fields import from_fields
-from depthprune_runtime.plan import Drop, PrunePlan
+from depthprune_runtime.plan import Drop, Flatten, PrunePlan
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.weights.quantized import QuantSpec
 
 FORMAT_VERSION = 1
 _TENSOR_CHECKSUM = re.compile(r"[0-9a-f]{16}")
 _HEADER_CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_INCOMPLETE = ("deci", "nemotron-nas", "depthprune")  # families whose blocks may lack a half
 _SHARD_NAME = re.compile(r"[^/\0]{1,211}-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors", re.ASCII)  # and no other folder
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where weights come from. blocks: of the dense model. Other keys are kept and mean nothing here."""
+    """Where weights come from. blocks: of the dense model; plans: those of earlier prunings, the first one first, each
+    in the numbering of what the one before left. Other keys are kept and mean nothing here."""
 
     source: str | None = None
     format: str | None = None
@@ -32,6 +34,7 @@ class Provenance:
     blocks: int | None = None
     dequantized_from: tuple[str, ...] = ()
     quantization: dict[str, Any] | None = None
+    plans: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
@@ -81,7 +84,7 @@ class Description:
             raise InputError(f"description.dtype: expected F32, F16 or BF16, got {printable(repr(found.dtype))}")
         spec = DecoderSpec.from_json(found.spec)
         plan = None if found.plan is None else PrunePlan.from_json(found.plan)
-        _check_depth(spec, plan, Provenance.from_json(found.provenance))
+        check_depth(spec, plan, Provenance.from_json(found.provenance))
         _check_index(found)
         return cls(
             found.dtype,
@@ -95,15 +98,23 @@ class Description:
         )
 
 
-def _check_depth(spec: DecoderSpec, plan: PrunePlan | None, provenance: Provenance) -> None:
-    """The dense model has no more blocks than spec and plan tell of, and no sub-layer comes from beyond them."""
+def check_depth(spec: DecoderSpec, plan: PrunePlan | None, provenance: Provenance) -> None:
+    """The dense model has no more blocks than spec and plan tell of, and no sub-layer comes from beyond them.
+
+    Raises InputError.
+    """
     last = max((block for sub in spec.sublayers for block in sub.origin), default=-1)
     blocks = last + 1 if provenance.blocks is None else provenance.blocks
-    dropped = 0 if plan is None else sum(isinstance(edit, Drop) for edit in plan.edits)
+    earlier = [PrunePlan.from_json(data) for data in provenance.plans]
+    edits = [edit for made in (*earlier, *([] if plan is None else [plan])) for edit in made.edits]
+    dropped = sum(isinstance(edit, Drop) for edit in edits)
+    if earlier:  # a later plan may drop what an earlier one merged, all of it at once
+        dropped += sum(2 * len(edit.blocks) for edit in edits if isinstance(edit, Flatten))
     known = sum(len(sub.origin) for sub in spec.sublayers) + dropped
     if not last < blocks:
         raise InputError(f"spec: a sub-layer comes from block {last}, but the dense model has {blocks} blocks")
-    if 2 * blocks > known:
+    least = blocks if provenance.family in _INCOMPLETE else 2 * blocks
+    if least > known:
         raise InputError(f"provenance.blocks: {blocks} blocks, but spec and plan tell of {known} sub-layers only")
 
 

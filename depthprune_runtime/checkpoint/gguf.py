@@ -23,17 +23,24 @@ from depthprune_runtime.checkpoint.gguf_split import read_gguf_parts
 from depthprune_runtime.checkpoint.gguf_tokenizer import gguf_assets
 from depthprune_runtime.checkpoint.mapped import WatchedFile
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.families import FAMILIES, GGUF_FAMILIES, decoder_spec
-from depthprune_runtime.spec import AttentionSpec
+from depthprune_runtime.families import GGUF_FAMILIES, Folds, GGUFForm, decoder_spec, rope_from_config
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 
 __all__ = ["GGUFCheckpoint", "is_gguf"]
 
+_DECI = GGUFForm("deci", interleaved=True)  # no family: its metadata say every block's widths
 _ROPE_FACTORS = "rope_freqs.weight"
 _SHORT_FACTORS, _LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"  # of longrope
 _PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 _PIECE = 1 << 18  # elements, a multiple of every block size; 1 MiB in float32
 # metadata under which llama.cpp computes something else than the layers here
 _UNSUPPORTED = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale", "attention.clamp_kqv")
+
+
+def _form(arch: str) -> GGUFForm:
+    """How files of the known architecture `arch` are."""
+    form = GGUF_FAMILIES[arch].gguf if arch in GGUF_FAMILIES else None
+    return form or _DECI
 
 
 class GGUFCheckpoint(DenseCheckpoint):
@@ -50,11 +57,10 @@ class GGUFCheckpoint(DenseCheckpoint):
         self.watched = tuple(WatchedFile(file) for file in self.source_files)
         self.dtype = dtype if dtype is not None else torch.bfloat16
         with reading(path):
-            config = self._config()
-            family = FAMILIES[config["model_type"]]
-            form = family.gguf
-            assert form is not None
-            self._set_parts(form.names, decoder_spec(config), {} if form.folded else family.folds(config))
+            arch = self._architecture()
+            spec, folds = (self._deci_spec(), {}) if arch == "deci" else self._family_spec(arch)
+            form = _form(arch)
+            self._set_parts(form.names, spec, folds)
         stored = {
             name: StoredTensor(header.tensors[name].kind.name, header.tensors[name].shape)
             for name, header in self._homes.items()
@@ -66,8 +72,8 @@ class GGUFCheckpoint(DenseCheckpoint):
         self.provenance = {
             "source": self.name,
             "format": "gguf",
-            "family": config["model_type"],
-            "blocks": config["num_hidden_layers"],
+            "family": GGUF_FAMILIES[arch].model_type if arch in GGUF_FAMILIES else arch,
+            "blocks": self._metadata[f"{arch}.block_count"],
             "dequantized_from": kinds,
         }
 
@@ -88,23 +94,70 @@ class GGUFCheckpoint(DenseCheckpoint):
             raise InputError(f"{self.path}: {key}: expected a positive number, got {printable(repr(value))}")
         return number
 
-    def _config(self) -> dict[str, Any]:
-        """The file's metadata as a Hugging Face config."""
+    def _counts(self, key: str, blocks: int) -> list[int]:
+        """`blocks` counts from 0 on under `key`, which holds a list of them or one for all."""
+        value = self._metadata.get(key)
+        listed: list[Any] = value if isinstance(value, list) else [value] * blocks
+        if len(listed) != blocks or not all(type(count) is int and count >= 0 for count in listed):
+            raise InputError(f"{self.path}: {key}: expected {blocks} counts, one a block, got {printable(repr(value))}")
+        return listed
+
+    def _architecture(self) -> str:
+        """The file's architecture, of which nothing is known to be unsupported."""
         arch = self._metadata.get("general.architecture")
-        if not isinstance(arch, str) or arch not in GGUF_FAMILIES:
-            known = ", ".join(sorted(GGUF_FAMILIES))
+        known = sorted({*GGUF_FAMILIES, _DECI.architecture})
+        if not isinstance(arch, str) or arch not in known:
             raise InputError(f"{self.path}: general.architecture: expected one of {known}, got {printable(repr(arch))}")
-        family = GGUF_FAMILIES[arch]
-        form = family.gguf
-        assert form is not None
         if self._metadata.get(f"{arch}.expert_count"):
             raise InputError(f"{self.path}: mixture-of-experts models are not supported")
-        if unsupported := [
-            key for key in _UNSUPPORTED if key not in form.reads and self._metadata.get(f"{arch}.{key}")
-        ]:
+        refused = [key for key in _UNSUPPORTED if key not in _form(arch).reads]
+        if unsupported := [key for key in refused if self._metadata.get(f"{arch}.{key}")]:
             raise InputError(f"{self.path}: {arch}.{unsupported[0]} is not supported")
         if "token_embd.weight" not in self._homes:
             raise InputError(f"{self.path}: tensor token_embd.weight is missing")
+        return str(arch)
+
+    def _deci_spec(self) -> DecoderSpec:
+        """Blocks that may lack a half, each with its own widths."""
+
+        def integer(key: str) -> int:
+            return int(self._number(f"deci.{key}", int))
+
+        blocks = integer("block_count")
+        check_block_count(blocks, self._homes, f"{self.path}: deci.block_count")
+        heads, kv_heads, widths = (
+            self._counts(f"deci.{key}", blocks)
+            for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+        )
+        width = integer("embedding_length")
+        head_dim = int(self._number("deci.attention.key_length", int, width // heads[0] if heads[0] else None))
+        sublayers: list[AttentionSpec | FFNSpec] = []
+        for block, (count, kv_count, ffn_width) in enumerate(zip(heads, kv_heads, widths, strict=True)):
+            if count and not kv_count:
+                raise InputError(f"{self.path}: block {block}: attention replaced by a linear layer is not supported")
+            biases = [f"blk.{block}.{part}.bias" in self._homes for part in ("attn_q", "attn_output", "ffn_down")]
+            if count:
+                sublayers.append(AttentionSpec(count, kv_count, head_dim, (block,), biases[0], biases[1]))
+            if ffn_width:
+                sublayers.append(FFNSpec(ffn_width, (block,), down_bias=biases[2]))
+        epsilon = self._number("deci.attention.layer_norm_rms_epsilon", float)
+        return DecoderSpec(
+            width,
+            self._homes["token_embd.weight"].tensors["token_embd.weight"].shape[0],
+            integer("context_length"),
+            float(f"{epsilon:.6g}"),
+            rope_from_config({"rope_parameters": self._rope("deci")}),
+            "output.weight" not in self._homes,
+            tuple(sublayers),
+        )
+
+    def _family_spec(self, arch: str) -> tuple[DecoderSpec, Folds]:
+        config = self._config(arch)
+        return decoder_spec(config), {} if _form(arch).folded else GGUF_FAMILIES[arch].folds(config)
+
+    def _config(self, arch: str) -> dict[str, Any]:
+        """The file's metadata as a Hugging Face config."""
+        family, form = GGUF_FAMILIES[arch], _form(arch)
 
         def integer(key: str, default: int | None = None) -> int:
             return int(self._number(f"{arch}.{key}", int, default))
@@ -202,11 +255,8 @@ class GGUFCheckpoint(DenseCheckpoint):
             flat[first : first + piece.size] = torch.from_numpy(piece)
             first += piece.size
         values = flat.view(shape)
-        attention = self.spec.attention_sublayers()[0]
-        if self._interleaved and ".attn_q." in source:
-            return _half_split(values, attention, attention.num_heads)
-        if self._interleaved and ".attn_k." in source:
-            return _half_split(values, attention, attention.num_kv_heads)
+        if self._interleaved and (".attn_q." in source or ".attn_k." in source):
+            return _half_split(values, self.spec.attention_sublayers()[0].head_dim)
         return values
 
     @functools.cached_property
@@ -218,7 +268,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         return self._assets
 
 
-def _half_split(values: Tensor, attention: AttentionSpec, heads: int) -> Tensor:  # [heads * D, ...]
+def _half_split(values: Tensor, head_dim: int) -> Tensor:  # [heads * D, ...]
     """Rows of each head from interleaved pairs (0, D/2, 1, D/2 + 1, ...) to halves (0, 1, ..)."""
-    pairs = values.view(heads, attention.head_dim // 2, 2, *values.shape[1:])
+    pairs = values.view(-1, head_dim // 2, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape)

@@ -6,6 +6,7 @@ spell them. A text is split by each expression in turn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from depthprune_runtime.errors import InputError, printable
@@ -62,6 +63,18 @@ _RULES: dict[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((r"\p{N}{1,3}", _HAN_KANA, _DEEPSEEK3)): ("deepseek-v3", "hunyuan-dense"),
 }  # fmt: skip
 _BY_NAME = {name: rule for rule, names in _RULES.items() for name in names}
+
+
+BYTE_LEVEL = _GPT2  # what the tokenizers library's ByteLevel splits by
+
+
+def rule_name(regexes: Sequence[str], ignore_merges: bool) -> str | None:
+    """A name of the rule that splits by `regexes` in turn, one that llama.cpp knows; None where it has none."""
+    fitting = [(rule, names[0]) for rule, names in _RULES.items() if rule.regexes == tuple(regexes)]
+    for rule, name in fitting:
+        if rule.ignore_merges == ignore_merges:
+            return name
+    return None
 
 
 def pre_tokenizer(name: object) -> PreTokenizer:

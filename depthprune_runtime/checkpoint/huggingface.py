@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthprune_runtime.checkpoint.adapters import Adapter
 from depthprune_runtime.checkpoint.assets import one_line, transformers_config, transformers_tokenizer
 from depthprune_runtime.checkpoint.base import (
     CHAT_TEMPLATE_FILE,
@@ -25,7 +26,7 @@ from depthprune_runtime.checkpoint.dense import DenseCheckpoint, StoredTensor, c
 from depthprune_runtime.checkpoint.gate import parse_json, read_object, reading
 from depthprune_runtime.checkpoint.mapped import MappedFile, WatchedFile
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.families import FAMILIES, Names, decoder_spec
+from depthprune_runtime.families import FAMILIES, HF_NAMES, Names, decoder_spec
 
 _log = logging.getLogger("depthprune_runtime")
 _SINGLE = "model.safetensors"
@@ -116,6 +117,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         self.source_files = (folder,)
         self.name = name or folder.name or str(folder)
         self._open: dict[Path, MappedFile] = {}
+        self._adapter: Adapter | None = None
         stored = self._stored_config()
         self._files = weight_files(folder)
         if not self._files:
@@ -126,17 +128,24 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             self._check_blocks(stored["num_hidden_layers"])
         config = self._full_config()
         self._check_blocks(config.get("num_hidden_layers"))
-        family = FAMILIES[config["model_type"]]
-        table = self._table(family.names)
+        table = self._table(FAMILIES[config["model_type"]].names if config["model_type"] in FAMILIES else HF_NAMES)
         self.dtype = dtype if dtype is not None else self._stored_dtype(table)
         with reading(folder / "config.json"):
-            spec = decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)})
-            self._set_parts(table, spec, family.folds(config))
+            self._set_model(table, config)
         unused = table[_HEAD] if self.spec.tie_word_embeddings else ()
         check_tensors(folder, self._parts, self._stored, _FLOATS, unused)
         # what Transformers makes a generation config of where there is none
         self._special_ids = {n: config[n] for n in _SPECIAL_IDS if config.get(n) is not None}
-        self.provenance = {
+        self.provenance = self._origin(config)
+
+    def _set_model(self, table: dict[str, tuple[str, ...]], config: Mapping[str, Any]) -> None:
+        """Spec and packed tensors of `config`; `table` may change with where the embedding is."""
+        spec = decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)})
+        self._set_parts(table, spec, FAMILIES[config["model_type"]].folds(config))
+
+    def _origin(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's provenance."""
+        return {
             "source": self.name,
             "format": "huggingface",
             "family": config["model_type"],
@@ -224,7 +233,20 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         with reading(path):
             if path not in self._open:
                 self._open[path] = MappedFile(path)
-            return self._open[path].tensor(source)
+            stored = self._open[path].tensor(source)
+        return stored if self._adapter is None else self._adapter.merged(source, stored)
+
+    def adapt(self, adapter: Adapter) -> None:
+        """Merge `adapter` into the weights as they are read. Raises InputError for one of another model."""
+        shapes = {source: shape for parts in self._parts.values() for source, shape in parts.items()}
+        adapter.match(shapes, self.spec.tie_word_embeddings)
+        self._adapter = adapter
+        self.source_files = (*self.source_files, adapter.folder)
+        self.watched = (*self.watched, adapter.file)
+        self.provenance = {
+            **self.provenance,
+            "adapters": [*self.provenance.get("adapters", ()), adapter.description()],
+        }
 
     @functools.cached_property
     def _assets(self) -> dict[str, bytes]:

@@ -97,6 +97,40 @@ def check_destination(path: Path, sources: Iterable[Path] = (), overwrite: bool 
         raise InputError(f"{name}: needs {nbytes:,} bytes, its disk has {free:,} free")
 
 
+def _check_replaced_folder(path: Path, sources: Iterable[Path], overwrite: bool, name: str) -> None:
+    """Refuse to write over the folder `path` where it is no model's, or holds what the job reads."""
+    inside = {path.resolve(), *(file.resolve() for file in path.iterdir())}
+    read = {place for source in sources for place in (source.resolve(), *source.resolve().parents)}
+    if inside & read:
+        raise InputError(f"{name}: holds what this job reads; choose another name")
+    if next(path.iterdir(), None) is None:
+        return
+    if not (path / "config.json").is_file():
+        raise InputError(f"{name}: is a folder, but not of a model; choose another name")
+    if not overwrite:
+        raise InputError(
+            f"{name}: is there already; choose another name, or let it be replaced with --force (overwrite=True)"
+        )
+
+
+def check_folder(path: Path, sources: Iterable[Path] = (), overwrite: bool = False, nbytes: int = 0) -> None:
+    """`check_destination` of a folder: a new name, an empty folder or, with `overwrite`, that of a model."""
+    name = f"output {printable(path, 1000)}"
+    place = path
+    try:
+        if path.is_dir() and not path.is_symlink():
+            _check_replaced_folder(path, sources, overwrite, name)
+            place = path.resolve()
+            place = place.with_name(f".{place.name}.tmp")  # its folder must be writable
+        elif path.is_file() and not path.is_symlink():
+            raise InputError(f"{name}: expected a folder or a new name, got a file of that name")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    check_destination(place, () if place is not path else sources, False, nbytes)
+
+
 def check_output(path: Path, sources: Iterable[Path] = (), overwrite: bool = False, nbytes: int = 0) -> None:
     """`check_destination` of a model's file, whose name must not promise another format."""
     if path.suffix.lower() in _OTHER_FORMATS:

@@ -9,7 +9,9 @@ import torch
 from depthprune_runtime.checkpoint import Checkpoint, open_checkpoint, write_native
 from depthprune_runtime.checkpoint.outputs import as_path, check_output
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
+from depthprune_runtime.errors import InputError
 from depthprune_runtime.host.devices import resolve_dtype
+from depthprune_runtime.paths import source_path
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.spec import DecoderSpec
 
@@ -27,16 +29,18 @@ def import_model(
     model: str | Path,
     output: str | Path,
     *,
+    adapter: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DecoderSpec:
-    """Write dense `model` unchanged as one self-contained file of our own.
+    """Write `model` as one self-contained file of our own, unchanged but for an adapter that is merged into it.
 
     Args:
         model: a Hugging Face folder or hub id, a GGUF file, or our file.
         output: the file to write.
+        adapter: folder of a LoRA adapter as PEFT saves it, which is merged into a Hugging Face `model`.
         dtype: of the output; by default the source's.
         max_shard_size: as in `prune`.
         overwrite: as in `prune`.
@@ -48,9 +52,16 @@ def import_model(
     Raises:
         InputError: where the source or the output will not do.
     """
+    from depthprune_runtime.checkpoint.adapters import Adapter
+    from depthprune_runtime.checkpoint.huggingface import HuggingFaceCheckpoint
+
     path = as_path(output, "output")
     max_shard_size = parse_size(max_shard_size)
     checkpoint = open_checkpoint(model, resolve_dtype(dtype))
+    if adapter is not None:
+        if not isinstance(checkpoint, HuggingFaceCheckpoint):
+            raise InputError(f"adapter: expected a Hugging Face folder to merge it into, got {checkpoint.name}")
+        checkpoint.adapt(Adapter(source_path(adapter, "adapter")))
     check_output(path, checkpoint.source_files, overwrite)
     write(checkpoint, path, progress or Progress(), max_shard_size, overwrite)
     return checkpoint.spec

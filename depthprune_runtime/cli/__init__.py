@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from depthprune_runtime import __version__
+from depthprune_runtime.cli.export import add_export
+from depthprune_runtime.cli.heal import add_heal
 from depthprune_runtime.cli.interrupt import Written
 from depthprune_runtime.cli.parser import Parser
 from depthprune_runtime.cli.prune import add_import, add_prune
@@ -32,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     add_prune(commands, common)
     add_quantize(commands, common)
+    add_heal(commands, common)
     add_import(commands, common)
+    add_export(commands, common)
     add_inspect(commands, common)
     add_generate(commands, common)
     add_perplexity(commands, common)

@@ -24,6 +24,11 @@ class Written:
 
     def __init__(self, args: argparse.Namespace) -> None:
         paths = {name: getattr(args, name, None) for name in _WRITTEN}
+        self._done, self._again = "search", "the same command"
+        if "work" in args:  # of a training, which keeps its state in a folder
+            folder = args.work or f"{args.output}.heal"
+            paths["state"] = str(Path(folder) / "state.pt")
+            self._done, self._again = "training", "the same command with --resume"
         self._paths = {name: path for name, path in paths.items() if path is not None}
         self._before = {name: _stamp(path) for name, path in self._paths.items()}
 
@@ -34,5 +39,5 @@ class Written:
         if found:
             return f"{' and '.join(found.values())} was already written"
         if state is not None:
-            return f"no model was written; the search so far is in {state}, and the same command goes on from there"
+            return f"no model was written; the {self._done} so far is in {state}, and {self._again} goes on from there"
         return "nothing was written"

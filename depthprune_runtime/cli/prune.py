@@ -34,13 +34,18 @@ def _repair_choice(args: argparse.Namespace) -> Any:
 
 
 def _method_options(args: argparse.Namespace) -> Any:
-    """Options of the method that was asked for; a flag of another method is refused by name."""
-    from depthprune_runtime.pruning.method import all_methods, method_options
+    """Options of the method that was asked for; a flag of another method is refused by name. None where a plan or
+    layers by hand take its place."""
+    from depthprune_runtime.pruning.method import DEFAULT, all_methods, method_options
 
     values: dict[str, Any] = {}
     for method in all_methods():
         values |= given(args, method.options)
-    return method_options(args.method, values)
+    if args.plan is None and args.drop is None:
+        return method_options(args.method or DEFAULT, values)
+    if values:
+        raise InputError(f"{'plan' if args.plan else 'drop'}: no method decides, so it takes no {', '.join(values)}")
+    return None
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -54,6 +59,8 @@ def _prune(args: argparse.Namespace) -> None:
         sublayers=args.sublayers,
         sparsity=args.sparsity,
         options=_method_options(args),
+        plan=args.plan,
+        drop=args.drop,
         repair=_repair_choice(args),
         calibration=args.calibration,
         samples=args.samples,
@@ -107,6 +114,7 @@ def _import(args: argparse.Namespace) -> None:
     spec = import_model(
         args.model,
         args.output,
+        adapter=args.adapter,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         overwrite=args.force,
@@ -127,13 +135,15 @@ def add_prune(commands: Any, common: Parser) -> None:
     p.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="the pruned, self-contained file (Mamba, RWKV: a folder)"
     )
-    p.add_argument("--method", choices=tuple(METHODS), default=DEFAULT)
+    p.add_argument("--method", choices=tuple(METHODS), help=f"what decides (default {DEFAULT})")
     size = p.add_mutually_exclusive_group(required=True)
     size.add_argument("--blocks", type=int, metavar="N", help="N blocks fewer (finercut: their parameters)")
     size.add_argument("--sublayers", type=int, metavar="N", help="finercut: sub-layers to drop")
     size.add_argument(
         "--sparsity", type=float, metavar="R", help="least share of parameters to remove, embeddings included"
     )
+    size.add_argument("--plan", metavar="FILE", help="replay a plan: JSON as inspect --json shows it, or edits alone")
+    size.add_argument("--drop", metavar="LAYERS", help="blocks and sub-layers by hand, such as 21-28,5.attention")
     add_calibration(p, "what suits the method")
     p.add_argument(
         "--repair",
@@ -154,6 +164,7 @@ def add_import(commands: Any, common: Parser) -> None:
     p = commands.add_parser("import", parents=[common], help="write a dense model as one self-contained file")
     p.add_argument("model", metavar="MODEL")
     p.add_argument("-o", "--output", required=True, metavar="FILE")
+    p.add_argument("--adapter", metavar="FOLDER", help="merge this LoRA adapter, as PEFT saves it, into MODEL")
     p.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: the source's)")
     add_shards(p)
     add_force(p)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.families.config import Config
 from depthprune_runtime.families.decoder import family_spec
-from depthprune_runtime.families.family import Family, Fold, Folds
+from depthprune_runtime.families.family import Family, Fold, Folds, GGUFForm
 from depthprune_runtime.families.gemma2 import GEMMA2
 from depthprune_runtime.families.gemma3 import GEMMA3
 from depthprune_runtime.families.granite import GRANITE
@@ -19,6 +19,7 @@ from depthprune_runtime.families.olmo2 import OLMO2
 from depthprune_runtime.families.phi3 import PHI3
 from depthprune_runtime.families.qwen2 import QWEN2
 from depthprune_runtime.families.qwen3 import QWEN3
+from depthprune_runtime.families.rope import rope_from_config, rope_to_config
 from depthprune_runtime.families.seed_oss import SEED_OSS
 from depthprune_runtime.families.smollm3 import SMOLLM3
 from depthprune_runtime.spec import DecoderSpec
@@ -32,8 +33,11 @@ __all__ = [
     "Family",
     "Fold",
     "Folds",
+    "GGUFForm",
     "Names",
     "decoder_spec",
+    "rope_from_config",
+    "rope_to_config",
     "source_key",
     "source_names",
     "source_shapes",

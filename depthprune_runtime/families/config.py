@@ -72,7 +72,7 @@ _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_py
 
 def activation(config: Config, key: str) -> Activation:
     """The FFN's activation, which the config has under `key`."""
-    named = config.get(key) or "silu"
+    named = config.get(key, "silu")
     if not isinstance(named, str) or named not in _ACTIVATIONS:
         raise InputError(f"config.{key}: expected 'silu' or 'gelu_pytorch_tanh', got {printable(repr(named))}")
     return _ACTIVATIONS[named]

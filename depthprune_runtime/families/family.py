@@ -8,7 +8,7 @@ from typing import Any
 
 from depthprune_runtime.families.config import Config
 from depthprune_runtime.families.names import GGUF_NAMES, HF_NAMES, Names
-from depthprune_runtime.families.rope import rope_spec
+from depthprune_runtime.families.rope import rope_from_config
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec, RopeSpec
 
 
@@ -75,7 +75,7 @@ class Family:
     attention: Callable[[Config, AttentionSpec], AttentionSpec] = _attention
     ffn: Callable[[Config, FFNSpec], FFNSpec] = _ffn
     decoder: Callable[[Config, DecoderSpec], DecoderSpec] = _decoder
-    rope: Callable[[Config], RopeSpec] = rope_spec
+    rope: Callable[[Config], RopeSpec] = rope_from_config
     names: Names = field(default_factory=lambda: HF_NAMES)
     folds: Callable[[Config], Folds] = _no_folds
     activation_key: str = "hidden_act"

@@ -44,6 +44,7 @@ GGUF_NAMES: dict[str, tuple[str, ...]] = {
     "ffn.norm.weight": (GGUF_BLOCK + "ffn_norm.weight",),
     "ffn.gate_up_proj.weight": (GGUF_BLOCK + "ffn_gate.weight", GGUF_BLOCK + "ffn_up.weight"),
     "ffn.down_proj.weight": (GGUF_BLOCK + "ffn_down.weight",),
+    "ffn.down_proj.bias": (GGUF_BLOCK + "ffn_down.bias",),
     "ffn.post_norm.weight": (GGUF_BLOCK + "post_ffw_norm.weight",),
 }
 

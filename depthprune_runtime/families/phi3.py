@@ -8,7 +8,7 @@ import logging
 from depthprune_runtime.families.config import Config
 from depthprune_runtime.families.family import Family, GGUFForm
 from depthprune_runtime.families.names import GGUF_BLOCK, GGUF_NAMES, HF_BLOCK, HF_NAMES
-from depthprune_runtime.families.rope import longrope_context
+from depthprune_runtime.families.rope import longrope_context, short_rope
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec
 
 _log = logging.getLogger("depthprune_runtime")
@@ -19,11 +19,8 @@ def _attention(config: Config, plain: AttentionSpec) -> AttentionSpec:
 
 
 def _decoder(config: Config, plain: DecoderSpec) -> DecoderSpec:
-    parameters = config.get("rope_parameters") or {}
-    if parameters.get("rope_type") != "longrope":
-        return plain
-    context = longrope_context(parameters)
-    if context >= plain.max_position_embeddings:
+    context = longrope_context(config)
+    if context is None or context >= plain.max_position_embeddings:
         return plain
     _log.warning(
         "config.rope_parameters: the context is %d and not %d: the long factors of longrope are not supported",
@@ -37,6 +34,7 @@ PHI3 = Family(
     "phi3",
     attention=_attention,
     decoder=_decoder,
+    rope=short_rope,
     names={
         **HF_NAMES,
         "attention.qkv_proj.weight": (HF_BLOCK + "self_attn.qkv_proj.weight",),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from depthprune_runtime.errors import InputError, printable
 from depthprune_runtime.families.config import Config, head_dim
@@ -12,12 +14,16 @@ from depthprune_runtime.spec import RopeSpec
 _MAX_THETA = 1e18
 
 
-def rope_spec(config: Config) -> RopeSpec:
-    """The config's rope, the same for all blocks."""
+def rope_from_config(config: Config) -> RopeSpec:
+    """Rotary positions from `rope_parameters`, or from the older `rope_scaling` and `rope_theta`."""
+    return rope_of(config, _parameters(config))
+
+
+def _parameters(config: Config) -> Config:
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, Mapping):
         raise InputError(f"config.rope_parameters: expected an object, got {type(parameters).__name__}")
-    return rope_of(config, parameters)
+    return parameters
 
 
 def rope_of(config: Config, parameters: Config) -> RopeSpec:
@@ -44,9 +50,9 @@ def rope_of(config: Config, parameters: Config) -> RopeSpec:
     if kind == "factors":
         return RopeSpec(theta=theta, kind="factors", factors=tuple(parameters["factors"]), rotary_dim=part)
     if kind == "longrope":
-        return _longrope(config, parameters, theta, part)
+        return _longrope(theta, parameters, part)
     raise InputError(
-        f"config.rope_parameters: expected rope_type default, linear, llama3 or longrope, got {printable(repr(kind))}"
+        f"config.rope_parameters: expected rope_type default, linear or llama3, got {printable(repr(kind))}"
     )
 
 
@@ -59,19 +65,61 @@ def _rotary_dim(config: Config, parameters: Config) -> int | None:
     return int(head_dim(config) * factor)
 
 
-def longrope_context(parameters: Config) -> int:
-    """Positions that the short factors hold for."""
-    return int(parameters["original_max_position_embeddings"])
+def _longrope(theta: float, parameters: Config, rotary_dim: int | None) -> RopeSpec:
+    """One divisor a frequency, if short and long contexts have the same ones and attention is not scaled."""
+    factors = parameters.get("long_factor")
+    if not isinstance(factors, list) or parameters.get("short_factor") != factors:
+        raise InputError("config.rope_parameters: longrope: expected short_factor equal to long_factor")
+    if parameters.get("attention_factor") != 1.0:
+        raise InputError("config.rope_parameters: longrope: expected attention_factor 1.0")
+    return RopeSpec(theta=theta, kind="factors", factors=tuple(factors), rotary_dim=rotary_dim)
 
 
-def _longrope(config: Config, parameters: Config, theta: float, rotary_dim: int | None) -> RopeSpec:
-    """LongRoPE (Ding et al., arXiv 2402.13753) at its short factors, for contexts as long as the original one."""
-    original = longrope_context(parameters)
-    attention = parameters.get("attention_factor")
+def longrope_context(config: Config) -> int | None:
+    """Positions that longrope's short factors hold for, where they are not those of every context."""
+    parameters = _parameters(config)
+    if parameters.get("rope_type") != "longrope" or parameters.get("short_factor") == parameters.get("long_factor"):
+        return None
+    context = parameters.get("original_max_position_embeddings")
+    if not isinstance(context, int) or isinstance(context, bool) or context < 2:
+        raise InputError(
+            f"config.original_max_position_embeddings: expected an integer from 2 on, got {printable(repr(context))}"
+        )
+    return context
+
+
+def short_rope(config: Config) -> RopeSpec:
+    """`rope_from_config`, and of LongRoPE (Ding et al., arXiv 2402.13753) the short factors: for that context."""
+    parameters = _parameters(config)
+    original = longrope_context(config)
+    if original is None:
+        return rope_from_config(config)
+    attention, factors = parameters.get("attention_factor"), parameters.get("short_factor")
+    if not isinstance(factors, list):
+        raise InputError("config.rope_parameters: longrope: expected a list short_factor")
     if attention is None:
         factor = parameters.get("factor") or config["max_position_embeddings"] / original
         attention = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
-    factors = tuple(parameters["short_factor"])
-    return RopeSpec(
-        theta=theta, kind="factors", factors=factors, rotary_dim=rotary_dim, attention_factor=float(attention)
-    )
+    plain = rope_of(config, {**parameters, "rope_type": "default"})
+    return dataclasses.replace(plain, kind="factors", factors=tuple(factors), attention_factor=float(attention))
+
+
+def rope_to_config(rope: RopeSpec) -> dict[str, Any]:
+    """The `rope_parameters` of a Hugging Face config that mean `rope`."""
+    found: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
+    if rope.kind == "linear":
+        found["factor"] = rope.factor
+    elif rope.kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        found |= {name: getattr(rope, name) for name in names}
+    elif rope.kind == "factors":
+        # the one kind of Transformers' with a divisor a frequency
+        found |= {
+            "rope_type": "longrope",
+            "short_factor": list(rope.factors),
+            "long_factor": list(rope.factors),
+            "attention_factor": 1.0,
+            "factor": 1.0,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+        }
+    return found

@@ -34,6 +34,9 @@ class CalibrationSet:
     description: dict[str, Any]
 
 
+NO_WINDOWS = CalibrationSet(torch.empty(0, 0, dtype=torch.int64), {})  # of whoever decides without a text
+
+
 def sample_windows(ids: Sequence[int], samples: int, seq_len: int, seed: int | None) -> Tensor:  # [N, S] int64
     """`samples` different windows of the non-overlapping ones of `seq_len` tokens, in text order.
 

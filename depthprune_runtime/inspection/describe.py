@@ -8,8 +8,10 @@ from depthprune_runtime.checkpoint import Checkpoint
 from depthprune_runtime.checkpoint.container import DTYPE_NAMES
 from depthprune_runtime.checkpoint.stored import quantization_to_json
 from depthprune_runtime.errors import printable
+from depthprune_runtime.export.parallel import pipeline_partitions, tensor_parallel_sizes
+from depthprune_runtime.export.targets import fitting
 from depthprune_runtime.plan import Edit, Flatten, Narrow, PrunePlan
-from depthprune_runtime.spec import AttentionSpec, SublayerSpec
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, SublayerSpec
 
 
 def _widths(sublayer: SublayerSpec) -> dict[str, int]:
@@ -37,6 +39,16 @@ def _bits(checkpoint: Checkpoint, name: str) -> int:
     return 8 * checkpoint.dtype.itemsize if quant is None else quant.bits
 
 
+def _deployment(spec: DecoderSpec) -> dict[str, Any]:
+    """Exports and why they cannot hold the model, tensor-parallel sizes, layers of pipeline stages."""
+    parallel = bool(spec.attention_sublayers())
+    return {
+        "exports": fitting(spec),
+        "tensor_parallel_sizes": tensor_parallel_sizes(spec) if parallel else [],
+        "pipeline_partitions": {str(n): part for n, part in pipeline_partitions(spec).items()} if parallel else {},
+    }
+
+
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     """JSON description. Bytes count weights as they are stored; parameters with and without embeddings."""
     spec = checkpoint.spec
@@ -53,6 +65,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_bytes_per_token": spec.kv_bytes_per_token(checkpoint.dtype.itemsize),
         "quantization": quantization_to_json(checkpoint.quantization, spec),
         "head_bits": _bits(checkpoint, spec.head_name),
+        **_deployment(spec),
         "sublayers": [
             {
                 "index": i,
@@ -114,12 +127,28 @@ def _quantization_lines(description: dict[str, Any]) -> list[str]:
     ]
 
 
+def _deployment_lines(description: dict[str, Any]) -> list[str]:
+    fits = [target for target, reason in description["exports"].items() if reason is None]
+    lines = [f"exports     {', '.join(fits) or 'none'}"]
+    lines += [f"            not {target}: {why}" for target, why in description["exports"].items() if why is not None]
+    if sizes := description["tensor_parallel_sizes"]:
+        lines.append(f"parallel    tensor-parallel sizes {', '.join(map(str, sizes))}")
+    for stages, layers in description["pipeline_partitions"].items():
+        lines.append(f"            {stages} stages: VLLM_PP_LAYER_PARTITION={','.join(map(str, layers))}")
+    return lines
+
+
 def _edit_text(edit: Edit) -> str:
     if isinstance(edit, Flatten):
         return f"flatten blocks {'+'.join(map(str, edit.blocks))}"
     if isinstance(edit, Narrow):
         return f"narrow {edit.sublayer} to {len(edit.keep)} units"
     return f"drop {edit.sublayer}"
+
+
+def _plan_line(what: str, plan: PrunePlan) -> str:
+    edits = ", ".join(_edit_text(e) for e in plan.edits)
+    return f"{what:<12}{printable(plan.method)}: {edits or 'no edits'}"
 
 
 def render(description: dict[str, Any]) -> str:
@@ -144,9 +173,11 @@ def render(description: dict[str, Any]) -> str:
     if plan is None:
         lines.append("plan        none: dense")
     else:
-        edits = ", ".join(_edit_text(e) for e in plan.edits)
-        lines.append(f"plan        {printable(plan.method)}: {edits or 'no edits'}")
+        earlier = [PrunePlan.from_json(data) for data in description["provenance"].get("plans", ())]
+        lines += [_plan_line("first" if i == 0 else "then", made) for i, made in enumerate(earlier)]
+        lines.append(_plan_line("plan", plan))
     lines += [
+        *_deployment_lines(description),
         "by block of the parent (# kept, . gone)",
         f"  attention {_map_line('attention', description, depth)}",
         f"  ffn       {_map_line('ffn', description, depth)}",

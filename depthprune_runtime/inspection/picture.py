@@ -46,6 +46,14 @@ def removals(plan: dict[str, Any] | None) -> tuple[dict[tuple[str, int], _Gone],
     return {}, ""
 
 
+def _plan_of_blocks(description: dict[str, Any]) -> dict[str, Any] | None:
+    """The plan, if its order of removal names blocks of the dense parent."""
+    plan: dict[str, Any] | None = description["plan"]
+    settings = {} if plan is None else plan.get("settings", {})
+    renumbered = bool(description["provenance"].get("plans")) and "ranking" not in settings
+    return None if renumbered else plan
+
+
 def _shown(text: object) -> str:
     """A text out of a file, short, and without what matplotlib would read as a formula."""
     return printable(text, 80).replace("$", r"\$")
@@ -90,7 +98,7 @@ def _draw_dropped(figure: Any, axes: Any, description: dict[str, Any], missing: 
     from matplotlib.colors import Normalize
 
     heights = dict(_ROWS)
-    known, label = removals(description["plan"])
+    known, label = removals(_plan_of_blocks(description))
     values = [known[m].value for m in missing if m in known]
     scale: Any = ScalarMappable(Normalize(min(values, default=0.0), max(values, default=1.0)), _SCALE)
     for kind, block in missing:
@@ -147,7 +155,11 @@ def plot_map(
     what = plan["method"] if plan is not None else "dense"
     name = Path(description["name"]).name
     axes.set_title(f"{_shown(name)} ({_shown(what)}), {description['parameters'] / 1e6:,.1f} M parameters", pad=26)
-    _legend(axes, any(len(s["origin"]) > 1 for s in description["sublayers"]), bool(removals(plan)[0]))
+    _legend(
+        axes,
+        any(len(s["origin"]) > 1 for s in description["sublayers"]),
+        bool(removals(_plan_of_blocks(description))[0]),
+    )
     axes.set_xlim(-0.7, depth - 0.3)
     axes.set_ylim(-0.55, 1.55)
     axes.set_xticks(range(0, depth, 1 if depth <= 12 else 2 if depth <= 40 else 5))

@@ -79,8 +79,8 @@ class Method(ABC, Generic[Options]):
         return options
 
     @abstractmethod
-    def windows(self, options: Options) -> tuple[int, int]:
-        """Calibration windows that it decides from unless the caller chose others: (samples, seq_len)."""
+    def windows(self, options: Options) -> tuple[int, int] | None:
+        """Calibration windows that it decides from unless the caller chose others: (samples, seq_len); None: none."""
 
     @abstractmethod
     def check(self, amount: Amount, spec: DecoderSpec, options: Options) -> None:

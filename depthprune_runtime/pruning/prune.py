@@ -1,4 +1,4 @@
-"""`prune`: dense model in, one pruned file out."""
+"""`prune`: a model in, one pruned file out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from depthprune_runtime.checkpoint.outputs import as_path, check_destination, ch
 from depthprune_runtime.checkpoint.shards import DEFAULT_MAX_SHARD_SIZE, parse_size
 from depthprune_runtime.checkpoint.writing import write
 from depthprune_runtime.errors import InputError
-from depthprune_runtime.fitting.calibration import CalibrationSet
+from depthprune_runtime.fitting.calibration import NO_WINDOWS, CalibrationSet
 from depthprune_runtime.fitting.calibrator import Calibrator
 from depthprune_runtime.fitting.options import REPAIR_WINDOWS, REPAIRS, Repair, RepairOptions
 from depthprune_runtime.fitting.projection import check_all_solvable
@@ -21,13 +21,14 @@ from depthprune_runtime.host.devices import resolve_device, resolve_dtype
 from depthprune_runtime.options import written
 from depthprune_runtime.progress import Progress
 from depthprune_runtime.pruning.amount import Amount
+from depthprune_runtime.pruning.by_hand import PlanSource, by_hand
 from depthprune_runtime.pruning.method import Method, MethodOptions, Task, all_methods, choose_method
 from depthprune_runtime.pruning.plan import PrunePlan
 from depthprune_runtime.pruning.rebuild import Narrowing, Rebuild
 from depthprune_runtime.pruning.recurrent.folder import is_recurrent
 from depthprune_runtime.pruning.recurrent.request import RecurrentRequest, prune_recurrent
 from depthprune_runtime.pruning.result import PruneResult
-from depthprune_runtime.pruning.surgery import PrunedCheckpoint, require_dense
+from depthprune_runtime.pruning.surgery import PrunedCheckpoint
 from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.texts import text_file
 
@@ -41,6 +42,8 @@ def prune(
     sublayers: int | None = None,
     sparsity: float | None = None,
     options: MethodOptions | None = None,
+    plan: PlanSource | None = None,
+    drop: str | None = None,
     repair: Repair | RepairOptions = "auto",
     calibration: str = "builtin",
     samples: int | None = None,
@@ -54,7 +57,7 @@ def prune(
 ) -> PruneResult:
     """Prune `model` and write one self-contained file to `output`; of Mamba and RWKV, a Hugging Face folder.
 
-    Exactly one of blocks, sublayers and sparsity says how much goes.
+    Exactly one of blocks, sublayers and sparsity says how much goes, or else plan or drop says what.
 
     Args:
         model: our file, a Hugging Face folder or hub id, or a GGUF file.
@@ -64,6 +67,8 @@ def prune(
         sublayers: so many sub-layers fewer, FinerCut only.
         sparsity: the least share of parameters to remove, embeddings included.
         options: of the method: ShortGPTOptions, FinerCutOptions or FlattenGPTOptions.
+        plan: instead of a method, a PrunePlan, or a JSON file with one or with its edits alone.
+        drop: instead of a method, blocks and sub-layers of `model`, such as `21-28,5.attention`.
         repair: `ridge`, `none`, RepairOptions, or `auto`: ridge, and none for Mamba, RWKV and models whose sub-layers
             end in a norm.
         calibration: a named text (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn.
@@ -86,16 +91,16 @@ def prune(
     path = as_path(output, "output")
     shard_size = parse_size(max_shard_size)
     amount = Amount(blocks, sublayers, sparsity)
-    chosen, own = choose_method(method, options)
+    chosen, own = by_hand(plan, drop, amount, method, options) or choose_method(method, options)
     if is_recurrent(model):
         asked = RecurrentRequest(amount, chosen, own, repair, calibration, samples, seq_len, seed)
         return prune_recurrent(model, path, asked, shard_size, overwrite, device, dtype, progress)
-    _check_amount(amount, chosen)
+    if plan is None and drop is None:
+        _check_amount(amount, chosen)
     mending = _repair_options(repair, chosen)
     chosen.resolved(own, mending is not None)  # refuses what makes no sense for any model
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
-    require_dense(parent)
     mending = _possible(repair, mending, parent.spec)
     own = chosen.resolved(own, mending is not None)
     chosen.check(amount, parent.spec, own)
@@ -103,18 +108,19 @@ def prune(
     check_output(path, sources, overwrite)
     for name, place in written(own):
         check_destination(as_path(place, name), (*sources, path), overwrite=True)
-    calibrator = Calibrator(parent, calibration, samples, seq_len, seed)
-    data = calibrator.windows(*chosen.windows(own))
-    mending_data = _mending_windows(calibrator, mending) if mending is not None or chosen.narrows(own) else None
+    looks, walks = chosen.windows(own), mending is not None or chosen.narrows(own)
+    calibrator = Calibrator(parent, calibration, samples, seq_len, seed) if looks is not None or walks else None
+    data = None if calibrator is None or looks is None else calibrator.windows(*looks)
+    mending_data = _mending_windows(calibrator, mending) if calibrator is not None and walks else None
     with progress.stage("read weights", len(parent.spec.tensor_shapes())) as advance:
         digest = parent.digest(lambda _: advance())
     with torch.inference_mode():
-        plan = chosen.decide(Task(parent, amount, data, target, digest, progress), own)
-        narrowing = chosen.narrowing(parent.spec, plan, own)
-        pruned, plan = _rebuild(parent, plan, narrowing, mending, mending_data, target, progress)
+        decided = chosen.decide(Task(parent, amount, data or NO_WINDOWS, target, digest, progress), own)
+        narrowing = chosen.narrowing(parent.spec, decided, own)
+        pruned, decided = _rebuild(parent, decided, narrowing, mending, mending_data, target, progress)
     write(pruned, path, progress, shard_size, overwrite)
     before, after = parent.spec.num_parameters(), pruned.spec.num_parameters()
-    return PruneResult(path, plan, before, after, parent.spec, pruned.spec)
+    return PruneResult(path, decided, before, after, parent.spec, pruned.spec)
 
 
 def _check_amount(amount: Amount, method: Method[Any]) -> None:

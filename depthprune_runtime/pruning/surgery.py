@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint import Checkpoint
-from depthprune_runtime.errors import InputError, printable
+from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.pieces import Piece
 from depthprune_runtime.pruning.flattengpt import merging
 from depthprune_runtime.pruning.plan import PrunePlan
@@ -61,13 +62,11 @@ def pruned_spec(parent: DecoderSpec, plan: PrunePlan) -> DecoderSpec:
     return dataclasses.replace(parent, sublayers=tuple(piece_spec(parent, p) for p in layout(parent, plan)))
 
 
-def require_dense(parent: Checkpoint) -> None:
-    """Refuse a model that is pruned already: its sub-layers have other numbers than its parent's."""
-    if parent.plan is not None:
-        raise InputError(
-            f"{parent.name}: expected a dense model, got one already pruned by {printable(parent.plan.get('method'))}; "
-            "prune its dense parent"
-        )
+def _with_earlier_plans(parent: Checkpoint) -> Mapping[str, Any]:
+    """The parent's provenance; the plan of a parent that is pruned itself joins the plans before it."""
+    if parent.plan is None:
+        return parent.provenance
+    return {**parent.provenance, "plans": [*parent.provenance.get("plans", ()), dict(parent.plan)]}
 
 
 class _InputColumns(Checkpoint):
@@ -96,13 +95,12 @@ class PrunedCheckpoint(Checkpoint):
     """
 
     def __init__(self, parent: Checkpoint, plan: PrunePlan, replaced: Mapping[str, Tensor] | None = None) -> None:
-        require_dense(parent)
         self.name = f"{parent.name} pruned by {plan.method}"
         self.pieces = layout(parent.spec, plan)
         self.spec = pruned_spec(parent.spec, plan)
         self.dtype = parent.dtype
         self.plan = plan.to_json()
-        self.provenance = parent.provenance
+        self.provenance = _with_earlier_plans(parent)
         self.source_files = parent.source_files
         self._parent = parent
         self._replaced = dict(replaced or {})

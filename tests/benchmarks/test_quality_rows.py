@@ -105,7 +105,7 @@ def test_a_pruned_file_that_was_kept_is_not_pruned_again(tmp_path: Path, monkeyp
     import bench_quality
 
     calls = []
-    plan = argparse.Namespace(spec=argparse.Namespace(num_parameters=lambda: 7), sparsity=0.25)
+    plan = argparse.Namespace(parameters=7, sparsity=0.25)
     monkeypatch.setattr(bench_quality, "prune_variant", lambda task: calls.append(task) or plan)
     task = {"output": str(tmp_path / "pruned.safetensors")}
     first = bench_quality.pruned(task)

@@ -39,7 +39,7 @@ def decoder(pico_file, monkeypatch):
 def residuals(decoder):
     """The residual stream before every sub-layer and after the last, written out: [N * S, C] each."""
     batch = packed([24] * 5, CPU)
-    found = [decoder.embed_tokens[WINDOWS.flatten()]]
+    found = [decoder.embed_tokens.dense()[WINDOWS.flatten()]]
     for sublayer in decoder.sublayers:
         hidden = rms_norm(found[-1], (72,), sublayer.norm, decoder.spec.rms_norm_eps)
         found.append(found[-1] + leave(None, sublayer.project(sublayer.inner(hidden, batch))))

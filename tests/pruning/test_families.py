@@ -8,10 +8,13 @@ import pico
 import pytest
 import torch
 
-from depthprune_runtime import InputError, Runtime, prune, quantize
+from depthprune_runtime import InputError, Runtime, export_model, prune, quantize
 from depthprune_runtime.checkpoint import open_checkpoint
 from depthprune_runtime.fitting.options import RepairOptions
+from depthprune_runtime.healing.heal import check_pair
+from depthprune_runtime.host.extension import extension
 from depthprune_runtime.model.steps.cpu import DecodeStep
+from depthprune_runtime.model.steps.gpu import FusedStep
 from depthprune_runtime.plan import Drop, Flatten, Narrow, PrunePlan
 from depthprune_runtime.pruning.rebuild import Rebuild
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint, pruned_spec
@@ -117,10 +120,24 @@ def test_every_family_quantises(folders, family, method, tmp_path):
         ("olmo2", "qk_norm_over"),
     ],
 )
-def test_the_cpp_step_says_what_it_lacks(folders, family, missing):
-    from depthprune_runtime.host.extension import extension
+def test_the_fast_steps_say_what_they_lack(folders, family, missing):
+    decoder = Runtime.load(folders[family], device="cpu").decoder
+    reasons = {step: step.refuses(decoder) or "" for step in (DecodeStep, FusedStep)}
+    if missing is None:
+        assert not any(name in reason for reason in reasons.values() for name in decoder.spec.beyond_llama())
+        return
+    assert reasons[FusedStep].startswith("the fused step has no ") and missing in reasons[FusedStep]
+    if extension() is not None:
+        assert missing in reasons[DecodeStep]
 
-    if extension() is None:
-        pytest.skip("the extension is not built")
-    reason = DecodeStep.refuses(Runtime.load(folders[family], device="cpu").decoder)
-    assert reason is None if missing is None else missing in str(reason)
+
+@pytest.mark.parametrize("target", ["hf", "gguf", "deci"])
+def test_exports_refuse_what_they_do_not_say(folders, target, tmp_path):
+    with pytest.raises(InputError, match=r"no target of ours says attention\.scale yet"):
+        export_model(folders["granite"], tmp_path / "out", target)
+
+
+def test_healing_refuses_what_it_does_not_compute(folders, tmp_path):
+    prune(folders["granite"], tmp_path / "p.dpr", blocks=1, repair="none", **SMALL)
+    with pytest.raises(InputError, match=r"healing computes no attention\.scale yet"):
+        check_pair(open_checkpoint(tmp_path / "p.dpr"), open_checkpoint(folders["granite"]))

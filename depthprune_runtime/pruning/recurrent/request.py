@@ -72,6 +72,7 @@ def prune_recurrent(
     text = load_text(asked.calibration)
     name = asked.calibration if "/" not in asked.calibration else Path(asked.calibration).name
     suits = asked.method.windows(options)
+    assert suits is not None
     samples = suits[0] if asked.samples is None else asked.samples
     seq_len = suits[1] if asked.seq_len is None else asked.seq_len
 
