@@ -171,3 +171,10 @@ def test_steps_name_what_the_code_has(page: Path) -> None:
     assert names
     for name in names:
         assert re.search(rf"\b{name}\b", code), name
+
+
+def test_every_family_is_in_the_table_of_families():
+    from depthprune_runtime.families import FAMILIES
+
+    table = (DOCS / "hardware.md").read_text().split("## Sources")[0]
+    assert set(re.findall(r"^\| ([a-z0-9_]+) \|", table, re.M)) - {"family"} == set(FAMILIES)

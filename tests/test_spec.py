@@ -91,6 +91,44 @@ def test_parameters_are_the_sum_of_the_shapes(spec):
     assert spec.num_parameters(embeddings=False) == by_sublayer + spec.hidden_size
 
 
+def test_fields_that_came_later_are_written_where_they_differ():
+    """So that files of plain models are the same for every version."""
+    data = llama2_7b(1).to_json()
+    assert set(data) == {
+        "hidden_size", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope", "tie_word_embeddings",
+        "sublayers",
+    }  # fmt: skip
+    assert set(data["rope"]) == {
+        "theta", "kind", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "factors",
+    }  # fmt: skip
+    assert [set(s) for s in data["sublayers"]] == [
+        {"kind", "num_heads", "num_kv_heads", "head_dim", "origin", "qkv_bias", "o_bias", "qk_norm", "sliding_window"},
+        {"kind", "intermediate_size", "origin", "activation", "down_bias"},
+    ]
+    assert llama2_7b(1).beyond_llama() == frozenset()
+
+
+def test_later_fields_come_back():
+    local = RopeSpec(theta=1e6, rotary_dim=6, attention_factor=1.2)
+    attention = AttentionSpec(
+        4, 2, 8, (0,), qk_norm=True, qk_norm_over="all", post_norm=True, rope=local, scale=0.5, softcap=20.0
+    )
+    blind = AttentionSpec(4, 2, 8, (1,), use_rope=False)
+    ffn = FFNSpec(40, (0,), activation="gelu_tanh", pre_norm=False, post_norm=True)
+    spec = DecoderSpec(
+        32, 64, 128, 1e-5, RopeSpec(), False, (attention, ffn, blind), embedding_scale=5.0, logit_softcap=30.0
+    )
+    assert DecoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert spec.beyond_llama() == {
+        "attention.qk_norm_over", "attention.post_norm", "attention.rope", "attention.scale", "attention.softcap",
+        "attention.use_rope", "ffn.activation", "ffn.pre_norm", "ffn.post_norm", "rope.rotary_dim",
+        "rope.attention_factor", "spec.embedding_scale", "spec.logit_softcap",
+    }  # fmt: skip
+    shapes = spec.tensor_shapes()
+    assert "sublayers.1.norm.weight" not in shapes
+    assert shapes["sublayers.1.post_norm.weight"] == (32,)
+
+
 def corrupted(**changes):
     data = llama2_7b(1).to_json()
     for path, value in changes.items():
@@ -126,9 +164,17 @@ def corrupted(**changes):
         ({"sublayers__0__head_dim": 127}, "even"),
         ({"sublayers__0__origin": []}, "at least one block"),
         ({"sublayers__0__origin": 3}, "sublayers"),
-        ({"sublayers__1__activation": "gelu"}, "'silu'"),
+        ({"sublayers__1__activation": "gelu"}, "silu"),
         ({"rope__kind": "yarn"}, "'yarn'"),
         ({"rope__factors": [1.0]}, "1 factors"),
+        ({"rope__rotary_dim": 130}, "rotary_dim: expected at most head_dim 128, got 130"),
+        ({"rope__rotary_dim": 7}, "even"),
+        ({"rope__attention_factor": 0.0}, "attention_factor"),
+        ({"sublayers__0__qk_norm_over": "heads"}, "qk_norm_over"),
+        ({"sublayers__0__softcap": -1.0}, "softcap"),
+        ({"sublayers__0__rope": {"kind": "yarn"}}, "rope"),
+        ({"sublayers__1__pre_norm": False}, "pre_norm, post_norm or both"),
+        ({"embedding_scale": 0}, "embedding_scale"),
     ],
 )
 def test_bad_json_is_refused_by_name(changes, message):

@@ -85,8 +85,15 @@ MAY_IMPORT = {
     "evaluation": {"errors", "progress", "engine", "model", "texts", "host", "paths"},
 }
 NO_TORCH = [
-    "spec.py",
-    "families.py",
+    "spec/decoder.py",
+    "spec/sublayers.py",
+    "spec/rope.py",
+    "spec/checks.py",
+    "families/decoder.py",
+    "families/family.py",
+    "families/config.py",
+    "families/names.py",
+    "families/rope.py",
     "errors.py",
     "texts.py",
     "paths.py",

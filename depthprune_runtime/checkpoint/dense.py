@@ -11,14 +11,15 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from depthprune_runtime.checkpoint.base import Checkpoint
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.families import source_shapes
-from depthprune_runtime.spec import DecoderSpec, Shape
+from depthprune_runtime.families import Fold, Folds, Names, source_key, source_shapes
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, Shape
 
 _log = logging.getLogger("depthprune_runtime")
 # computed anew from the config, or masks of older code; no result depends on them
@@ -111,11 +112,14 @@ class DenseCheckpoint(Checkpoint):
     """A checkpoint whose packed tensors are concatenated from those of a source in another format."""
 
     where: object  # file or folder, for messages
+    _folds: Folds = MappingProxyType({})
 
-    def _set_parts(self, table: Mapping[str, tuple[str, ...]], spec: DecoderSpec) -> None:
+    def _set_parts(self, table: Names, spec: DecoderSpec, folds: Folds | None = None) -> None:
         self.spec = spec
         self._shapes = spec.tensor_shapes()
         self._parts = source_shapes(table, spec)
+        if folds is not None:
+            self._folds = folds
 
     @abc.abstractmethod
     def _read(self, source: str) -> Tensor:
@@ -138,7 +142,44 @@ class DenseCheckpoint(Checkpoint):
         self._check_range(source, float(low), float(high))
         return values.to(self.dtype)
 
+    def _folded(self, source: str, fold: Fold) -> Tensor:
+        """Tensor `source` with `fold` in it, rounded to `dtype` once."""
+        values = (self._read(source).double() + fold.shift) * fold.factor
+        low, high = torch.aminmax(values)
+        self._check_range(source, float(low), float(high))
+        return values.to(self.dtype)
+
     def tensor(self, name: str) -> Tensor:
-        parts = [self._part(source) for source in self._parts[name]]
+        fold = self._folds.get(source_key(self.spec, name))
+        sources = self._parts[name]
+        parts = [self._part(source) if fold is None else self._folded(source, fold) for source in sources]
         packed = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return packed.expand(self._shapes[name]).contiguous()  # a norm of heads has one gain for all in the source
+        shape = self._shapes[name]
+        if packed.numel() == torch.Size(shape).numel():
+            packed = packed.reshape(shape)
+        # else a norm of heads has one gain for all in the source
+        return _rotated_first(self.spec, name, packed.expand(shape)).contiguous()
+
+
+def _rotated_first(spec: DecoderSpec, name: str, packed: Tensor) -> Tensor:
+    """`packed` with the rotated pairs of every query and key head first, see `RopeSpec.rotary_dim`.
+
+    A source rotates the first rotary_dim channels of a head, in halves; scores do not see the order of channels.
+    """
+    if not name.startswith("sublayers."):
+        return packed
+    _, index, short = name.split(".", 2)
+    sublayer = spec.sublayers[int(index)]
+    if not isinstance(sublayer, AttentionSpec) or short.partition(".")[0] not in ("qkv_proj", "q_norm", "k_norm"):
+        return packed
+    dim, rotated = sublayer.head_dim, (sublayer.rope or spec.rope).rotary_dim
+    if rotated is None or rotated == dim:
+        return packed
+    first, second = torch.arange(rotated).chunk(2)
+    rest_first, rest_second = torch.arange(rotated, dim).chunk(2)
+    order = torch.cat((first, rest_first, second, rest_second))
+    if short in ("q_norm.weight", "k_norm.weight"):
+        return packed[:, order]
+    heads = packed.view(-1, dim, *packed.shape[1:])
+    values = heads[sublayer.num_heads + sublayer.num_kv_heads :]
+    return torch.cat((heads[: -sublayer.num_kv_heads][:, order], values)).view(packed.shape)

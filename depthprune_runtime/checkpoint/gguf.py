@@ -1,7 +1,7 @@
-"""GGUF models of the architectures llama, qwen2, qwen3 and deci, dequantised tensor by tensor.
+"""GGUF models of `families.GGUF_FAMILIES`, dequantised tensor by tensor.
 
-llama.cpp stores the query and key rows of llama and deci models in interleaved rotary order; they are put back into
-half-split order here. Nothing is taken from outside the file but the other parts of a split one.
+llama.cpp stores the query and key rows of some families in interleaved rotary order; they are put back into half-split
+order here. Nothing is taken from outside the file but the other parts of a split one.
 """
 
 from __future__ import annotations
@@ -23,18 +23,24 @@ from depthprune_runtime.checkpoint.gguf_split import read_gguf_parts
 from depthprune_runtime.checkpoint.gguf_tokenizer import gguf_assets
 from depthprune_runtime.checkpoint.mapped import WatchedFile
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.families import GGUF_NAMES, decoder_spec, rope_from_config
+from depthprune_runtime.families import GGUF_FAMILIES, Folds, GGUFForm, decoder_spec, rope_from_config
 from depthprune_runtime.spec import AttentionSpec, DecoderSpec, FFNSpec
 
 __all__ = ["GGUFCheckpoint", "is_gguf"]
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3", "deci")
-_INTERLEAVED = ("llama", "deci")
+_DECI = GGUFForm("deci", interleaved=True)  # no family: its metadata say every block's widths
 _ROPE_FACTORS = "rope_freqs.weight"
+_SHORT_FACTORS, _LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"  # of longrope
 _PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 _PIECE = 1 << 18  # elements, a multiple of every block size; 1 MiB in float32
 # metadata under which llama.cpp computes something else than the layers here
 _UNSUPPORTED = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale", "attention.clamp_kqv")
+
+
+def _form(arch: str) -> GGUFForm:
+    """How files of the known architecture `arch` are."""
+    form = GGUF_FAMILIES[arch].gguf if arch in GGUF_FAMILIES else None
+    return form or _DECI
 
 
 class GGUFCheckpoint(DenseCheckpoint):
@@ -52,20 +58,21 @@ class GGUFCheckpoint(DenseCheckpoint):
         self.dtype = dtype if dtype is not None else torch.bfloat16
         with reading(path):
             arch = self._architecture()
-            spec = self._deci_spec() if arch == "deci" else decoder_spec(self._config(arch))
-            self._set_parts(GGUF_NAMES, spec)
+            spec, folds = (self._deci_spec(), {}) if arch == "deci" else self._family_spec(arch)
+            form = _form(arch)
+            self._set_parts(form.names, spec, folds)
         stored = {
             name: StoredTensor(header.tensors[name].kind.name, header.tensors[name].shape)
             for name, header in self._homes.items()
         }
-        used = (_ROPE_FACTORS,) if _ROPE_FACTORS in stored else ()
+        used = [name for name in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS) if name in stored]
         # every type stands for real numbers; one that the gguf package does not know is refused when it is read
         check_tensors(path, self._parts, stored, kinds, used)
-        self._interleaved = arch in _INTERLEAVED
+        self._interleaved = form.interleaved
         self.provenance = {
             "source": self.name,
             "format": "gguf",
-            "family": arch,
+            "family": GGUF_FAMILIES[arch].model_type if arch in GGUF_FAMILIES else arch,
             "blocks": self._metadata[f"{arch}.block_count"],
             "dequantized_from": kinds,
         }
@@ -98,13 +105,13 @@ class GGUFCheckpoint(DenseCheckpoint):
     def _architecture(self) -> str:
         """The file's architecture, of which nothing is known to be unsupported."""
         arch = self._metadata.get("general.architecture")
-        if arch not in _ARCHITECTURES:
-            raise InputError(
-                f"{self.path}: general.architecture: expected one of {_ARCHITECTURES}, got {printable(repr(arch))}"
-            )
+        known = sorted({*GGUF_FAMILIES, _DECI.architecture})
+        if not isinstance(arch, str) or arch not in known:
+            raise InputError(f"{self.path}: general.architecture: expected one of {known}, got {printable(repr(arch))}")
         if self._metadata.get(f"{arch}.expert_count"):
             raise InputError(f"{self.path}: mixture-of-experts models are not supported")
-        if unsupported := [key for key in _UNSUPPORTED if self._metadata.get(f"{arch}.{key}")]:
+        refused = [key for key in _UNSUPPORTED if key not in _form(arch).reads]
+        if unsupported := [key for key in refused if self._metadata.get(f"{arch}.{key}")]:
             raise InputError(f"{self.path}: {arch}.{unsupported[0]} is not supported")
         if "token_embd.weight" not in self._homes:
             raise InputError(f"{self.path}: tensor token_embd.weight is missing")
@@ -144,8 +151,13 @@ class GGUFCheckpoint(DenseCheckpoint):
             tuple(sublayers),
         )
 
+    def _family_spec(self, arch: str) -> tuple[DecoderSpec, Folds]:
+        config = self._config(arch)
+        return decoder_spec(config), {} if _form(arch).folded else GGUF_FAMILIES[arch].folds(config)
+
     def _config(self, arch: str) -> dict[str, Any]:
         """The file's metadata as a Hugging Face config."""
+        family, form = GGUF_FAMILIES[arch], _form(arch)
 
         def integer(key: str, default: int | None = None) -> int:
             return int(self._number(f"{arch}.{key}", int, default))
@@ -157,11 +169,11 @@ class GGUFCheckpoint(DenseCheckpoint):
             raise InputError(f"{self.path}: attention.head_count: expected a divisor of {width}, got {num_heads}")
         head_dim = integer("attention.key_length", width // num_heads)
         rotated = integer("rope.dimension_count", head_dim)
-        if rotated != head_dim:
+        if rotated != head_dim and not family.partial_rotary:
             raise InputError(f"{self.path}: rope.dimension_count: expected head_dim {head_dim}, got {rotated}")
         epsilon = self._number(f"{arch}.attention.layer_norm_rms_epsilon", float)
-        return {
-            "model_type": arch,
+        config = {
+            "model_type": family.model_type,
             "hidden_size": width,
             "intermediate_size": integer("feed_forward_length"),
             "num_hidden_layers": blocks,
@@ -173,12 +185,15 @@ class GGUFCheckpoint(DenseCheckpoint):
             # stored as float32; its shortest decimal is the value the model was trained with
             "rms_norm_eps": float(f"{epsilon:.6g}"),
             "tie_word_embeddings": "output.weight" not in self._homes,
-            "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in self._homes,
-            "rope_parameters": self._rope(arch),
+            "attention_bias": "blk.0.attn_q.bias" in self._homes,
+            "rope_parameters": {**self._rope(arch), "partial_rotary_factor": rotated / head_dim},
         }
+        return config | dict(form.config(lambda key: self._metadata.get(f"{arch}.{key}"), config))
 
     def _rope(self, arch: str) -> dict[str, Any]:
         theta = float(self._number(f"{arch}.rope.freq_base", float, 10000.0))
+        if _SHORT_FACTORS in self._homes:
+            return self._longrope(arch, theta)
         kind = self._metadata.get(f"{arch}.rope.scaling.type", "linear")  # as in llama.cpp
         if kind not in ("none", "linear"):
             raise InputError(
@@ -195,6 +210,15 @@ class GGUFCheckpoint(DenseCheckpoint):
         if factor == 1.0:
             return {"rope_theta": theta, "rope_type": "default"}
         return {"rope_theta": theta, "rope_type": "linear", "factor": factor}
+
+    def _longrope(self, arch: str, theta: float) -> dict[str, Any]:
+        return {
+            "rope_theta": theta,
+            "rope_type": "longrope",
+            "short_factor": self._read(_SHORT_FACTORS).double().flatten().tolist(),
+            "attention_factor": float(self._number(f"{arch}.rope.scaling.attn_factor", float, 1.0)),
+            "original_max_position_embeddings": self._number(f"{arch}.rope.scaling.original_context_length", int),
+        }
 
     def _pieces(self, source: str) -> Iterator[Any]:
         """Tensor `source`, dequantised and flat, as arrays that stay in the cache."""

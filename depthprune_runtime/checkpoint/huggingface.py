@@ -26,7 +26,7 @@ from depthprune_runtime.checkpoint.dense import DenseCheckpoint, StoredTensor, c
 from depthprune_runtime.checkpoint.gate import parse_json, read_object, reading
 from depthprune_runtime.checkpoint.mapped import MappedFile, WatchedFile
 from depthprune_runtime.errors import InputError, printable
-from depthprune_runtime.families import FAMILIES, HF_NAMES, decoder_spec
+from depthprune_runtime.families import FAMILIES, HF_NAMES, Names, decoder_spec
 
 _log = logging.getLogger("depthprune_runtime")
 _SINGLE = "model.safetensors"
@@ -128,7 +128,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             self._check_blocks(stored["num_hidden_layers"])
         config = self._full_config()
         self._check_blocks(config.get("num_hidden_layers"))
-        table = self._table()
+        table = self._table(FAMILIES[config["model_type"]].names if config["model_type"] in FAMILIES else HF_NAMES)
         self.dtype = dtype if dtype is not None else self._stored_dtype(table)
         with reading(folder / "config.json"):
             self._set_model(table, config)
@@ -140,7 +140,8 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
 
     def _set_model(self, table: dict[str, tuple[str, ...]], config: Mapping[str, Any]) -> None:
         """Spec and packed tensors of `config`; `table` may change with where the embedding is."""
-        self._set_parts(table, decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)}))
+        spec = decoder_spec({**config, "tie_word_embeddings": self._tied(config, table)})
+        self._set_parts(table, spec, FAMILIES[config["model_type"]].folds(config))
 
     def _origin(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The model's provenance."""
@@ -187,12 +188,12 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
                 found[name] = StoredTensor(str(entry["dtype"]), tuple(entry["shape"]))
         return found
 
-    def _table(self) -> dict[str, tuple[str, ...]]:
-        """`HF_NAMES` with the names of these files: a base model saved alone has no prefix; embedding and head may be
-        one tensor under either name."""
-        table = dict(HF_NAMES)
+    def _table(self, names: Names) -> dict[str, tuple[str, ...]]:
+        """`names` as these files have them: a base model saved alone has no prefix; embedding and head may be one
+        tensor under either name."""
+        table = dict(names)
         if not any(name.startswith(_PREFIX) for name in self._stored):
-            table = {k: tuple(name.removeprefix(_PREFIX) for name in names) for k, names in table.items()}
+            table = {k: tuple(name.removeprefix(_PREFIX) for name in parts) for k, parts in table.items()}
         return table
 
     def _tied(self, config: Mapping[str, Any], table: dict[str, tuple[str, ...]]) -> bool:

@@ -12,6 +12,8 @@ _REFUSES = {"hf": huggingface.refuses, "gguf": gguf.refuses, "deci": deci.refuse
 
 def refuses(target: Target, spec: DecoderSpec) -> str | None:
     """Why `target` cannot hold `spec`, and which other one can; None where it can."""
+    if beyond := spec.beyond_llama():
+        return f"no target of ours says {', '.join(sorted(beyond))} yet"
     reason = _REFUSES[target](spec)
     if reason is None:
         return None

@@ -27,6 +27,7 @@ from depthprune_runtime.fitting.finite import is_finite
 from depthprune_runtime.fitting.options import Weighting
 from depthprune_runtime.fitting.walk import Visit
 from depthprune_runtime.host.devices import overflow_hint
+from depthprune_runtime.spec import DecoderSpec, SublayerSpec
 
 
 @dataclass
@@ -43,10 +44,26 @@ def token_weights(target: Tensor, weighting: Weighting) -> Tensor | None:  # [T,
     return target.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
+def check_solvable(sublayer: SublayerSpec) -> None:
+    """Refuse a sub-layer that ends in a norm: no size of what it adds can be chosen, and the norm is not linear."""
+    if sublayer.post_norm:
+        raise InputError(
+            f"repair: expected sub-layers that end in a projection; the {sublayer.kind} of block {sublayer.origin[0]} "
+            "ends in a norm, which least squares do not reach; use repair none"
+        )
+
+
+def check_all_solvable(spec: DecoderSpec) -> None:
+    """`check_solvable` of every sub-layer, before any work."""
+    for sublayer in spec.sublayers:
+        check_solvable(sublayer)
+
+
 def accumulate(visit: Visit, weighting: Weighting) -> Moments:
     """One pass over the tokens that enter `visit`'s sub-layer."""
     moments: Moments | None = None
     tokens = 0
+    check_solvable(visit.sublayer.spec)
     bias = visit.sublayer.output_bias
     for b in range(len(visit.states)):
         states, target = visit.states.batch(b), visit.target.batch(b)
@@ -62,7 +79,7 @@ def accumulate(visit: Visit, weighting: Weighting) -> Moments:
         tokens += inner.shape[0]
     assert moments is not None
     if not is_finite(moments.gram.diagonal()):
-        spec, dtype = visit.sublayer.spec, visit.sublayer.norm.dtype
+        spec, dtype = visit.sublayer.spec, visit.sublayer.dtype
         raise InputError(
             f"model: the inner activations of the {spec.kind} of block {spec.origin[0]} are not finite on the "
             f"calibration text; {overflow_hint(dtype)}"

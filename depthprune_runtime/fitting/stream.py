@@ -9,7 +9,7 @@ from torch import Tensor
 
 from depthprune_runtime.fitting.states import TokenStates
 from depthprune_runtime.model.batch import Batch, packed
-from depthprune_runtime.model.decoder import SublayerLoader
+from depthprune_runtime.model.decoder import SublayerLoader, embedded
 from depthprune_runtime.model.sublayers import Sublayer
 
 Check = Callable[[Tensor, int], None]
@@ -20,7 +20,7 @@ def embed(loader: SublayerLoader, windows: Tensor, states: TokenStates) -> None:
     """Let `states` be what enters the first sub-layer; the table is in memory no longer than that takes."""
     table = loader.weight("embed_tokens.weight")
     for n, window in enumerate(windows):
-        states.values[n] = table.rows(window.to(loader.device), loader.dtype)
+        states.values[n] = embedded(table, window.to(loader.device), loader.dtype, loader.spec.embedding_scale)
 
 
 class Stream:

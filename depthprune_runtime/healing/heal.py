@@ -100,6 +100,8 @@ def check_pair(student: Checkpoint, teacher: Checkpoint) -> str:
         raise InputError(f"{student.name}: expected a pruned file, got a dense model without a plan; prune it first")
     if student.quantization:
         raise InputError(f"{student.name}: expected weights that are not quantised; heal first, then quantise")
+    if beyond := student.spec.beyond_llama():
+        raise InputError(f"{student.name}: healing computes no {', '.join(sorted(beyond))} yet")
     ours, theirs = student.spec.vocab_size, teacher.spec.vocab_size
     if ours != theirs:
         raise InputError(

@@ -11,11 +11,18 @@ from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.linear import Linear
 from depthprune_runtime.model.rope import RotaryTable
 from depthprune_runtime.model.sublayers import Attention, KVPair, Sublayer, build_sublayer, normalised, plain
-from depthprune_runtime.spec import AttentionSpec, DecoderSpec
+from depthprune_runtime.spec import AttentionSpec, DecoderSpec, RopeSpec
 from depthprune_runtime.weights.rows import Stored, as_weight
 from depthprune_runtime.weights.weight import Weight
 
 WeightGetter = Callable[[str], Stored]
+
+
+def embedded(table: Weight, ids: Tensor, dtype: torch.dtype, scale: float) -> Tensor:  # [T] int64 -> [T, C]
+    """The residual stream that enters the first sub-layer."""
+    rows = table.rows(ids, dtype)
+    # the scale is rounded first, as where these models were trained
+    return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=dtype, device=rows.device)
 
 
 class SublayerLoader:
@@ -26,7 +33,7 @@ class SublayerLoader:
         self.device = device
         self.dtype = dtype
         self._weight = weight
-        self._rotary: dict[int, RotaryTable] = {}
+        self._rotary: dict[tuple[RopeSpec | None, int], RotaryTable] = {}
 
     def _stored(self, name: str) -> Stored:
         return self._weight(name).to(self.device, self.dtype)
@@ -45,9 +52,11 @@ class SublayerLoader:
         tensors = {name.removeprefix(prefix): self._stored(name) for name in self.spec.sublayer_shapes(index)}
         rotary = None
         if isinstance(spec, AttentionSpec):
-            rotary = self._rotary.get(spec.head_dim)
+            rope = (spec.rope or self.spec.rope) if spec.use_rope else None
+            key = (rope, spec.head_dim)
+            rotary = self._rotary.get(key)
             if rotary is None:
-                rotary = self._rotary[spec.head_dim] = RotaryTable(self.spec.rope, spec.head_dim, self.device)
+                rotary = self._rotary[key] = RotaryTable(rope, spec.head_dim, self.device)
         return build_sublayer(spec, tensors, self.spec.rms_norm_eps, rotary)
 
 
@@ -81,7 +90,7 @@ class Decoder:
 
     def embed(self, ids: Tensor) -> Tensor:  # [T] int64 -> [T, C]
         """The residual stream that enters the first sub-layer."""
-        return self.embed_tokens.rows(ids, self.dtype)
+        return embedded(self.embed_tokens, ids, self.dtype, self.spec.embedding_scale)
 
     def final(self, residual: Tensor, out: Tensor | None = None) -> Tensor:  # [T, C] -> [T, C]
         """The last norm, what `logits` takes. out: of the last sub-layer, is added to `residual` first, in place."""
@@ -115,4 +124,6 @@ class Decoder:
         return self.final(residual, out)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [T, C] -> [T, V]
-        return self.lm_head(hidden)
+        logits = self.lm_head(hidden)
+        cap = self.spec.logit_softcap
+        return logits if cap is None else (logits.float() / cap).tanh_().mul_(cap).to(logits.dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from depthprune_runtime import ops
+from depthprune_runtime.spec import Activation
 from depthprune_runtime.weights.weight import Weight
 
 
@@ -20,6 +21,8 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
         return ops.projection(x, self.weight, self.bias)
 
-    def gated(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N / 2]
-        """`silu_mul` of the projection: rows [0, N / 2) are gates."""
-        return ops.projection(x, self.weight, self.bias, gated=True)
+    def gated(self, x: Tensor, activation: Activation = "silu") -> Tensor:  # [T, K] -> [T, N / 2]
+        """Gated activation of the projection: rows [0, N / 2) are gates."""
+        if activation == "silu":
+            return ops.projection(x, self.weight, self.bias, gated=True)
+        return ops.gelu_tanh_mul(ops.projection(x, self.weight, self.bias))

@@ -10,8 +10,17 @@ from torch import Tensor
 from depthprune_runtime.spec import RopeSpec
 
 
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:  # [D/2] float64
-    """Angular frequency of each pair, in radians per token, after rescaling."""
+def inverse_frequencies(rope: RopeSpec | None, head_dim: int) -> Tensor:  # [D/2] float64
+    """Angular frequency of each pair, in radians per token, after rescaling; 0 where nothing is rotated."""
+    if rope is None:
+        return torch.zeros(head_dim // 2, dtype=torch.float64)
+    if rope.rotary_dim is None:
+        return _rescaled(rope, head_dim)
+    still = torch.zeros((head_dim - rope.rotary_dim) // 2, dtype=torch.float64)
+    return torch.cat((_rescaled(rope, rope.rotary_dim), still))
+
+
+def _rescaled(rope: RopeSpec, head_dim: int) -> Tensor:  # [D/2] float64
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     # float32 first, as Transformers computes it: at position 100,000 the last bit of a frequency is visible
     frequencies = (1.0 / rope.theta ** exponent.float()).double()
@@ -33,10 +42,15 @@ def _llama3(rope: RopeSpec, frequencies: Tensor) -> Tensor:
 
 
 class RotaryTable:
-    """cos/sin rows for positions 0 .. S-1, grown on demand: a 128k context would take 64 MB at once."""
+    """cos/sin rows for positions 0 .. S-1, grown on demand: a 128k context would take 64 MB at once.
 
-    def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device) -> None:
+    rope: None rotates nothing, by cos 1 and sin 0.
+    """
+
+    def __init__(self, rope: RopeSpec | None, head_dim: int, device: torch.device) -> None:
         self._frequencies = inverse_frequencies(rope, head_dim).float().to(device)
+        self._factor = 1.0 if rope is None else rope.attention_factor
+        self._rotated = head_dim // 2 if rope is None or rope.rotary_dim is None else rope.rotary_dim // 2
         self._table = torch.empty(0, 2, head_dim // 2, device=device)
 
     def rows(self, length: int) -> Tensor:  # [>= length, 2, D/2] float32
@@ -45,4 +59,6 @@ class RotaryTable:
             positions = torch.arange(size, dtype=torch.float32, device=self._frequencies.device)
             angles = positions[:, None] * self._frequencies
             self._table = torch.stack((angles.cos(), angles.sin()), dim=1)
+            if self._factor != 1.0:
+                self._table[..., : self._rotated] *= self._factor
         return self._table

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from depthprune_runtime import ops
@@ -51,12 +52,23 @@ def normalised(
 class _Residual(ABC):
     """What both sub-layers do alike."""
 
-    norm: Tensor  # [C]
+    norm: Tensor | None  # [C]
+    post_norm: Tensor | None  # [C]
+    dtype: torch.dtype
     eps: float
+
+    def _set_norms(self, tensors: Mapping[str, Stored]) -> None:
+        norms = [plain(tensors[name]) if name in tensors else None for name in ("norm.weight", "post_norm.weight")]
+        self.norm, self.post_norm = norms
+        self.dtype = next(norm.dtype for norm in norms if norm is not None)
 
     def enter(self, residual: Tensor, out: Tensor | None = None) -> Tensor:  # [T, C] -> [T, C]
         """What `inner` takes. out: of the sub-layer before, is added to the residual stream first, in place."""
-        return normalised(residual, self.norm, self.eps, out)
+        if self.norm is not None:
+            return normalised(residual, self.norm, self.eps, out)
+        if out is not None:
+            residual.add_(out)
+        return residual.to(self.dtype)  # a norm comes after the projection only
 
     @abstractmethod
     def inner(
@@ -74,7 +86,7 @@ class _Residual(ABC):
 
     def leave(self, out: Tensor) -> Tensor:  # [T, C] -> [T, C]
         """What is added to the residual stream, from the projection's output."""
-        return out
+        return out if self.post_norm is None else ops.rms_norm(out, self.post_norm, self.eps)
 
     def __call__(
         self,
@@ -93,13 +105,15 @@ class Attention(_Residual):
 
     def __init__(self, spec: AttentionSpec, tensors: Mapping[str, Stored], eps: float, rotary: RotaryTable) -> None:
         self.spec = spec
-        self.norm = plain(tensors["norm.weight"])  # [C]
+        self._set_norms(tensors)
         self.qkv = linear(tensors, "qkv_proj")  # [(H + 2K) D, C]
         self.q_norm = plain(tensors["q_norm.weight"]) if spec.qk_norm else None  # [H, D]
         self.k_norm = plain(tensors["k_norm.weight"]) if spec.qk_norm else None  # [K, D]
         self.o = linear(tensors, "o_proj")  # [C, H D]
         self.rotary = rotary
-        self.scale = spec.head_dim**-0.5
+        self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        self.softcap = spec.softcap or 0.0
+        self.norms_all_heads = spec.qk_norm and spec.qk_norm_over == "all"
         self.window = spec.sliding_window or 0
         self.eps = eps
 
@@ -122,16 +136,19 @@ class Attention(_Residual):
         qkv = self.qkv(hidden)
         heads = qkv.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if self.norms_all_heads and q_norm is not None and k_norm is not None:
+            self._norm_all_(q, q_norm)
+            self._norm_all_(k, k_norm)
+            q_norm = k_norm = None
         table = self.rotary.rows(batch.max_position + 1)
         paged = batch.paged
         if paged is not None and kv is not None:
-            ops.rotary_kv_write(
-                q, k, v, self.q_norm, self.k_norm, self.eps, table, batch.positions, *kv, paged.slot_mapping
-            )
+            ops.rotary_kv_write(q, k, v, q_norm, k_norm, self.eps, table, batch.positions, *kv, paged.slot_mapping)
         else:
-            if self.q_norm is not None and self.k_norm is not None:
-                ops.head_rms_norm(q, self.q_norm, self.eps)
-                ops.head_rms_norm(k, self.k_norm, self.eps)
+            if q_norm is not None and k_norm is not None:
+                ops.head_rms_norm(q, q_norm, self.eps)
+                ops.head_rms_norm(k, k_norm, self.eps)
             ops.rotary(q, k, table, batch.positions)
         bounds = batch.cu_seqlens
         # A query alone reads its whole context again: worth it for no more than one a request.
@@ -140,14 +157,17 @@ class Attention(_Residual):
             q = q[select]
             bounds, paged = batch.alone(select)
         if paged is None or kv is None or paged.fresh:
-            out = ops.varlen_attention(q, k, v, bounds, self.scale, self.window)
+            out = ops.varlen_attention(q, k, v, bounds, self.scale, self.window, self.softcap)
         else:
-            out = ops.paged_attention(
-                q, kv[0], kv[1], paged.block_tables, paged.context_lens, bounds, self.scale, self.window
-            )
+            tables, contexts = paged.block_tables, paged.context_lens
+            out = ops.paged_attention(q, *kv, tables, contexts, bounds, self.scale, self.window, self.softcap)
         if select is not None and not few:
             out = out[select]
         return out.reshape(-1, spec.q_size)
+
+    def _norm_all_(self, heads: Tensor, gains: Tensor) -> None:  # [T, H, D], [H, D]
+        """RMSNorm over all heads at once, in place."""
+        heads.copy_(ops.rms_norm(heads.flatten(1), gains.flatten(), self.eps).view_as(heads))
 
     def project(self, inner: Tensor) -> Tensor:  # [T, H D] -> [T, C]
         return self.o(inner)
@@ -158,7 +178,7 @@ class FFN(_Residual):
 
     def __init__(self, spec: FFNSpec, tensors: Mapping[str, Stored], eps: float) -> None:
         self.spec = spec
-        self.norm = plain(tensors["norm.weight"])  # [C]
+        self._set_norms(tensors)
         self.gate_up = linear(tensors, "gate_up_proj")  # [2F, C], gate rows first
         self.down = linear(tensors, "down_proj")  # [C, F]
         self.eps = eps
@@ -180,7 +200,7 @@ class FFN(_Residual):
     ) -> Tensor:  # [T or R, F]
         if select is not None:
             hidden = hidden[select]
-        return self.gate_up.gated(hidden)
+        return self.gate_up.gated(hidden, self.spec.activation)
 
     def project(self, inner: Tensor) -> Tensor:  # [T, F] -> [T, C]
         return self.down(inner)

@@ -12,7 +12,7 @@ import torch
 from depthprune_runtime.host.extension import extension
 from depthprune_runtime.ops._library import implementations
 from depthprune_runtime.ops._triton import bind_triton
-from depthprune_runtime.ops.activation import silu_mul
+from depthprune_runtime.ops.activation import gelu_tanh_mul, silu_mul
 from depthprune_runtime.ops.attention import paged_attention, varlen_attention
 from depthprune_runtime.ops.divergence import js_reverse
 from depthprune_runtime.ops.draw_tokens import draw_tokens
@@ -35,6 +35,7 @@ __all__ = [
     "add_rms_norm",
     "draw_tokens",
     "gated_linear",
+    "gelu_tanh_mul",
     "greedy",
     "head_rms_norm",
     "implementations",

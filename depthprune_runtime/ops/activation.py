@@ -1,4 +1,4 @@
-"""The gated activation of the FFN: `silu(gate) * up`. Source: Shazeer, arXiv 2002.05202."""
+"""The gated activation of the FFN: `act(gate) * up`. Source: Shazeer, arXiv 2002.05202."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def silu_mul(
     """`silu(gate) * up`, the inner activations psi of the FFN."""
     out: Tensor = _silu_mul_op(gate_up)
     return out
+
+
+def gelu_tanh_mul(
+    gate_up: Tensor,  # [T, 2F], gate channels first
+) -> Tensor:  # [T, F]
+    """`gelu(gate) * up` with the tanh form of GELU, as Gemma has it. No kernel of ours has it yet."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh").mul_(up)

@@ -2,6 +2,8 @@
 
     out_t = softmax_s(scale * q_t . k_s) v_s    over s <= t, and s > t - window if there is one
 
+A soft cap c puts c tanh(score / c) in place of a score; no kernel has it, and plain torch runs.
+
 H query heads share K key/value heads, H / K neighbours each. Sources: Vaswani et al., arXiv 1706.03762;
 Ainslie et al., arXiv 2305.13245; paging: Kwon et al., arXiv 2309.06180.
 """
@@ -9,6 +11,8 @@ Ainslie et al., arXiv 2305.13245; paging: Kwon et al., arXiv 2309.06180.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +27,17 @@ def _causal_mask(num_queries: int, context: int, window: int, device: torch.devi
     key = torch.arange(context, device=device)[None, :]
     mask = key <= query
     return mask & (key > query - window) if window > 0 else mask
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """`_attend` with a soft cap."""
+    (num_queries, num_heads, head_dim), (context, kv_heads, _) = q.shape, k.shape
+    grouped = q.view(num_queries, kv_heads, num_heads // kv_heads, head_dim).float()
+    scores = torch.einsum("tkgd,skd->kgts", grouped, k.float()) * scale
+    scores = (scores / softcap).tanh_().mul_(softcap)
+    scores.masked_fill_(~_causal_mask(num_queries, context, window, q.device), -torch.inf)
+    out = torch.einsum("kgts,skd->tkgd", scores.softmax(-1), v.float())
+    return out.reshape(q.shape).to(q.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
@@ -90,13 +105,26 @@ def _paged_attention(
     scale: float,
     window: int,
 ) -> Tensor:
+    attend = partial(_attend, scale=scale, window=window)
+    return _each_request(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, attend)
+
+
+def _each_request(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
     bounds = cu_seqlens_q.tolist()
     tables = block_tables.tolist()
     parts = []
     for i, length in enumerate(context_lens.tolist()):
         k = _gather(k_cache, tables[i], length)
         v = _gather(v_cache, tables[i], length)
-        parts.append(_attend(q[bounds[i] : bounds[i + 1]], k, v, scale, window))
+        parts.append(attend(q[bounds[i] : bounds[i + 1]], k, v))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -124,8 +152,13 @@ def varlen_attention(
     cu_seqlens: Tensor,  # [B + 1] int: sequence b is tokens cu_seqlens[b] .. cu_seqlens[b + 1]
     scale: float,
     window: int = 0,  # tokens a query sees, itself included; 0: all
+    softcap: float = 0.0,  # 0: none
 ) -> Tensor:  # [T, H, D]
     """Causal attention within each of B packed sequences, without a cache."""
+    if softcap:
+        capped = partial(_attend_capped, scale=scale, window=window, softcap=softcap)
+        parts = itertools.pairwise(cu_seqlens.tolist())
+        return torch.cat([capped(q[a:b], k[a:b], v[a:b]) for a, b in parts])
     out: Tensor = _varlen_attention_op(q, k, v, cu_seqlens, scale, window)
     return out
 
@@ -139,7 +172,11 @@ def paged_attention(
     cu_seqlens_q: Tensor,  # [B + 1] int: queries of each request
     scale: float,
     window: int = 0,  # tokens a query sees, itself included; 0: all
+    softcap: float = 0.0,  # 0: none
 ) -> Tensor:  # [T, H, D]
     """Causal attention of each request's newest tokens over its whole context in the cache."""
+    if softcap:
+        capped = partial(_attend_capped, scale=scale, window=window, softcap=softcap)
+        return _each_request(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, capped)
     out: Tensor = _paged_attention_op(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window)
     return out

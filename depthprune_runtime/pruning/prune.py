@@ -16,6 +16,7 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.fitting.calibration import NO_WINDOWS, CalibrationSet
 from depthprune_runtime.fitting.calibrator import Calibrator
 from depthprune_runtime.fitting.options import REPAIR_WINDOWS, REPAIRS, Repair, RepairOptions
+from depthprune_runtime.fitting.projection import check_all_solvable
 from depthprune_runtime.host.devices import resolve_device, resolve_dtype
 from depthprune_runtime.options import written
 from depthprune_runtime.progress import Progress
@@ -28,6 +29,7 @@ from depthprune_runtime.pruning.recurrent.folder import is_recurrent
 from depthprune_runtime.pruning.recurrent.request import RecurrentRequest, prune_recurrent
 from depthprune_runtime.pruning.result import PruneResult
 from depthprune_runtime.pruning.surgery import PrunedCheckpoint
+from depthprune_runtime.spec import DecoderSpec
 from depthprune_runtime.texts import text_file
 
 
@@ -67,7 +69,8 @@ def prune(
         options: of the method: ShortGPTOptions, FinerCutOptions or FlattenGPTOptions.
         plan: instead of a method, a PrunePlan, or a JSON file with one or with its edits alone.
         drop: instead of a method, blocks and sub-layers of `model`, such as `21-28,5.attention`.
-        repair: `ridge`, `none`, RepairOptions, or `auto`: ridge, and none for Mamba and RWKV.
+        repair: `ridge`, `none`, RepairOptions, or `auto`: ridge, and none for Mamba, RWKV and models whose sub-layers
+            end in a norm.
         calibration: a named text (`texts.NAMED_TEXTS`) or a UTF-8 file, of which windows are drawn.
         samples: windows; by default what suits the method, and the repair.
         seq_len: tokens in each; likewise.
@@ -95,9 +98,11 @@ def prune(
     if plan is None and drop is None:
         _check_amount(amount, chosen)
     mending = _repair_options(repair, chosen)
-    own = chosen.resolved(own, mending is not None)
+    chosen.resolved(own, mending is not None)  # refuses what makes no sense for any model
     target = resolve_device(device)
     parent = open_checkpoint(model, resolve_dtype(dtype))
+    mending = _possible(repair, mending, parent.spec)
+    own = chosen.resolved(own, mending is not None)
     chosen.check(amount, parent.spec, own)
     sources = (*parent.source_files, *text_file(calibration))
     check_output(path, sources, overwrite)
@@ -131,6 +136,16 @@ def _repair_options(repair: Repair | RepairOptions, method: Method[Any]) -> Repa
     if repair not in REPAIRS:
         raise InputError(f"repair: expected one of {', '.join(REPAIRS)}, got {repair!r}")
     return None if repair == "none" else RepairOptions().suited(method.repair_strength)
+
+
+def _possible(repair: Repair | RepairOptions, mending: RepairOptions | None, spec: DecoderSpec) -> RepairOptions | None:
+    """`mending`, where `spec` has output projections that can be solved anew; without one, `auto` is none."""
+    if mending is None or not spec.ends_in_norms:
+        return mending
+    if repair == "auto":
+        return None
+    check_all_solvable(spec)
+    return mending
 
 
 def _mending_windows(calibrator: Calibrator, mending: RepairOptions | None) -> CalibrationSet:

@@ -95,7 +95,8 @@ def quantize(
         group_size: inputs that share a scale, 32, 64 or 128; by default 64 at 8 bits, 32 at 4.
         symmetric: no zero points.
         method: `rtn` (round to nearest), `gptq`, or `auto`: gptq at 4 bits, rtn at 8.
-        mend: with gptq, solve output projections anew before they are rounded, against the errors before them.
+        mend: with gptq, solve output projections anew before they are rounded, against the errors before them; not in
+            models whose sub-layers end in a norm.
         lm_head_bits: of the head, always by rtn; 16 leaves it as it is. Where embeddings are tied, it is the embedding.
         calibration: what gptq sees, as in `prune`.
         samples: likewise.
@@ -128,7 +129,8 @@ def quantize(
     if chosen == "gptq":
         data = Calibrator(parent, calibration, samples, seq_len, seed).windows(*_WINDOWS, at_most=True)
     with torch.inference_mode():
-        view = quantized_view(parent, wanted, data, _MEND if mend else None, target, progress)
+        mending = _MEND if mend and not parent.spec.ends_in_norms else None
+        view = quantized_view(parent, wanted, data, mending, target, progress)
     write(view, path, progress, max_shard_size, overwrite)
     return QuantizeResult(
         path,

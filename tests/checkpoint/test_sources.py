@@ -173,7 +173,10 @@ def with_index(folder, text):
     ("damage", "message"),
     [
         (lambda f: change_config(f, model_type="gemma3"), "expected one of .*llama.* got 'gemma3'"),
-        (lambda f: change_config(f, hidden_act="gelu"), "hidden_act: expected 'silu', got 'gelu'"),
+        (
+            lambda f: change_config(f, hidden_act="gelu"),
+            "hidden_act: expected 'silu' or 'gelu_pytorch.*, got 'gelu'",
+        ),
         (lambda f: change_config(f, mlp_bias=True), "mlp_bias"),
         (lambda f: change_config(f, quantization_config={"bits": 4}), "quantized weights"),
         (lambda f: change_config(f, hidden_size="wide"), "refused by Transformers|hidden_size"),

@@ -13,6 +13,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from depthprune_runtime.checkpoint import open_checkpoint, write_native
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# What the configs of families have that Llama's has not, with values that change logits.
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 12},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 4.0,
+    },
+    "seed_oss": {},
+    "olmo2": {},
+    "gemma2": {"sliding_window": 12, "query_pre_attn_scalar": 24},
+    "gemma3_text": {"sliding_window": 12, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
+}
 VOCAB_SIZE = 384
 CONTEXT = 256
 CHAT_TEMPLATE = (
@@ -63,8 +79,10 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
     if family == "qwen2":
         values |= {"num_attention_heads": 6, "num_key_value_heads": 3}  # this family has no head_dim of its own
         del values["head_dim"]
-    if family == "mistral":
-        values["sliding_window"] = 12
+    if family == "phi3":  # its validation knows no head_dim either
+        values |= {"hidden_size": 96, "num_attention_heads": 6}
+        del values["head_dim"]
+    values |= OWN.get(family, {})
     return AutoConfig.for_model(family, **(values | changes))
 
 

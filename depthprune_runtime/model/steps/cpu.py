@@ -16,6 +16,7 @@ from depthprune_runtime.model.batch import Batch
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.linear import Linear
 from depthprune_runtime.model.rope import RotaryTable
+from depthprune_runtime.model.steps.unsupported import unsupported
 from depthprune_runtime.model.sublayers import Attention, KVPair
 from depthprune_runtime.weights.packed import pack
 
@@ -37,6 +38,7 @@ class DecodeStep:
                 assert pair is not None
                 self._add_attention(builder, sublayer, pair)
             else:
+                assert sublayer.norm is not None
                 builder.add_ffn(sublayer.norm, self._linear(sublayer.gate_up), self._linear(sublayer.down))
         embedding = self._linear(Linear(decoder.embed_tokens))
         builder.set_ends(embedding, decoder.norm, self._linear(decoder.lm_head))
@@ -49,6 +51,8 @@ class DecodeStep:
             return f"the C++ decode step is for the CPU, and the model is on {decoder.device}"
         if extension() is None:
             return "the C++ extension is not in use"
+        if missing := unsupported(decoder.spec):
+            return f"the C++ decode step has no {missing}"
         if not decoder.rounds_inputs:
             return "the C++ decode step rounds the inputs of quantised weights to 8 bits, which `activations` forbids"
         return None
@@ -89,6 +93,7 @@ class DecodeStep:
     def _add_attention(self, builder: _C.StepBuilder, sublayer: Attention, pair: KVPair) -> None:
         if sublayer.rotary not in self._rotary:
             self._rotary.append(sublayer.rotary)
+        assert sublayer.norm is not None
         builder.add_attention(
             norm=sublayer.norm,
             qkv=self._linear(sublayer.qkv),

@@ -18,6 +18,7 @@ from torch import Tensor
 from depthprune_runtime import ops
 from depthprune_runtime.model.decoder import Decoder
 from depthprune_runtime.model.rope import RotaryTable
+from depthprune_runtime.model.steps.unsupported import unsupported
 from depthprune_runtime.model.sublayers import FFN, Attention, KVPair
 
 
@@ -47,6 +48,8 @@ class FusedStep:
     @staticmethod
     def refuses(decoder: Decoder) -> str | None:
         """Why this step is not worth running for `decoder`, op by op being as good; None if it is."""
+        if lacking := unsupported(decoder.spec):
+            return f"the fused step has no {lacking}"
         key = decoder.device.type.upper()
         missing = [name for name in FusedStep.ops_used(decoder) if ops.implementations(name).get(key) != "native"]
         if not missing:
@@ -82,6 +85,7 @@ class FusedStep:
     def _attention(self, sublayer: Attention, kv: KVPair, residual: Tensor, state: StepState) -> None:
         spec, eps = sublayer.spec, self._decoder.spec.rms_norm_eps
         table = self._tables[sublayer.rotary]
+        assert sublayer.norm is not None
         weight, bias = sublayer.qkv.weight, sublayer.qkv.bias
         if spec.qk_norm:
             qkv = ops.norm_linear(residual, sublayer.norm, eps, weight, bias)
@@ -99,6 +103,7 @@ class FusedStep:
 
     def _ffn(self, sublayer: FFN, residual: Tensor) -> None:
         eps = self._decoder.spec.rms_norm_eps
+        assert sublayer.norm is not None
         inner = ops.norm_gated_linear(residual, sublayer.norm, eps, sublayer.gate_up.weight, sublayer.gate_up.bias)
         ops.linear_add(inner, residual, sublayer.down.weight, sublayer.down.bias)
 

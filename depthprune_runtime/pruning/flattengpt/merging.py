@@ -21,22 +21,38 @@ from depthprune_runtime.errors import InputError
 from depthprune_runtime.spec import AttentionSpec, FFNSpec, SublayerSpec
 
 
+def check_mergeable(sublayer: SublayerSpec) -> None:
+    """Refuse a sub-layer that no other can merge with. Raises InputError."""
+    why = None
+    if sublayer.post_norm or not sublayer.pre_norm:
+        why = "ends in a norm, and a sum of normed outputs is not the norm of a sum"
+    elif isinstance(sublayer, AttentionSpec) and sublayer.qk_norm_over == "all":
+        why = "norms its queries and keys over all heads at once"
+    if why is not None:
+        raise InputError(f"flatten: the {sublayer.kind} of block {sublayer.origin[0]} cannot merge: it {why}")
+
+
 def merged_spec(sources: Sequence[SublayerSpec]) -> SublayerSpec:
     """Spec of `sources` side by side, at full width. Raises InputError where they do not fit together."""
     first = sources[0]
     origin = tuple(sorted({b for s in sources for b in s.origin}))
     if len(sources) == 1:
         return first
+    for sublayer in sources:
+        check_mergeable(sublayer)
     if isinstance(first, FFNSpec):
         widths = [s.intermediate_size for s in sources if isinstance(s, FFNSpec)]
         if len(widths) != len(sources):
             raise InputError("flatten: an FFN and an attention cannot merge")
+        if len({s.activation for s in sources if isinstance(s, FFNSpec)}) > 1:
+            raise InputError(f"flatten: blocks {list(origin)} cannot merge, their activation differ")
         bias = any(s.down_bias for s in sources if isinstance(s, FFNSpec))
         return dataclasses.replace(first, intermediate_size=sum(widths), origin=origin, down_bias=bias)
     attentions = [s for s in sources if isinstance(s, AttentionSpec)]
     if len(attentions) != len(sources):
         raise InputError("flatten: an FFN and an attention cannot merge")
-    for name in ("head_dim", "sliding_window", "qkv_bias", "o_bias", "qk_norm"):
+    same = ("head_dim", "sliding_window", "qkv_bias", "o_bias", "qk_norm", "use_rope", "rope", "scale", "softcap")
+    for name in same:
         values = [getattr(s, name) for s in attentions]
         if len(set(values)) > 1:
             raise InputError(f"flatten: blocks {list(origin)} cannot merge, their {name} differ: {values}")
@@ -54,6 +70,8 @@ def narrowed_spec(merged: SublayerSpec, units: int) -> SublayerSpec:
     """`merged` with only `units` KV groups or channels."""
     if isinstance(merged, FFNSpec):
         return dataclasses.replace(merged, intermediate_size=units)
+    if merged.qk_norm and merged.qk_norm_over == "all":
+        raise InputError(f"narrow: the attention of block {merged.origin[0]} norms all its heads at once; none can go")
     per_group = merged.num_heads // merged.num_kv_heads
     return dataclasses.replace(merged, num_heads=units * per_group, num_kv_heads=units)
 
@@ -94,6 +112,8 @@ def merged_tensor(parent: Checkpoint, sources: Sequence[int], keep: Sequence[int
     def gain(index: int) -> Tensor | None:
         return read(index, "norm.weight") if len(sources) > 1 else None
 
+    if short == "post_norm.weight":
+        return read(sources[0], short)
     if short == "norm.weight":
         own = read(sources[0], short)
         return own if len(sources) == 1 else torch.ones_like(own)

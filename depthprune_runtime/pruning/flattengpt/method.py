@@ -40,7 +40,10 @@ class FlattenGPT(Method[FlattenGPTOptions]):
 
     def check(self, amount: Amount, spec: DecoderSpec, options: FlattenGPTOptions) -> None:
         from depthprune_runtime.pruning.flattengpt.grouping import check_merges
+        from depthprune_runtime.pruning.flattengpt.merging import check_mergeable
 
+        for sublayer in spec.sublayers:
+            check_mergeable(sublayer)
         check_merges(len(block_pairs(spec)), _merges(amount, spec, options), options)
 
     def decide(self, task: Task, options: FlattenGPTOptions) -> PrunePlan:
