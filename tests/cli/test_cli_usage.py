@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import shutil
@@ -76,15 +77,6 @@ def test_other_formats_are_refused_before_the_work(pico_file, tmp_path, capsys, 
     for command in (["prune", "--blocks", 1], ["quantize"], ["import"]):
         err = one_line(capsys, command[0], pico_file, "-o", tmp_path / "x.gguf", *command[1:])
         assert "not .gguf; give a name that ends in .safetensors" in err
-
-
-def test_a_pruned_model_is_refused_before_the_scoring(pico_file, tmp_path, capsys, request):
-    pruned = tmp_path / "pruned"
-    prune(pico_file, pruned, blocks=1, repair="none", samples=4, seq_len=32)
-    request.getfixturevalue("nothing_is_scored")
-    for method in ("shortgpt", "finercut", "flattengpt"):
-        err = one_line(capsys, "prune", pruned, "-o", tmp_path / "out", "--blocks", 1, "--method", method)
-        assert "already pruned by shortgpt; prune its dense parent" in err
 
 
 def test_a_text_too_short_for_the_repair_is_refused_before_the_scoring(pico_file, tmp_path, capsys, nothing_is_scored):
@@ -187,11 +179,9 @@ def test_an_interrupted_search_says_where_it_is(pico_file, tmp_path):
 
 
 def test_what_was_written_is_told(tmp_path):
-    class Args:
-        output, state, plot = str(tmp_path / "out"), str(tmp_path / "state"), None
-
+    paths = {"output": str(tmp_path / "out"), "state": str(tmp_path / "state"), "plot": None}
     (tmp_path / "state").write_text("old")
-    written = Written(Args)
+    written = Written(argparse.Namespace(**paths))
     assert written.report() == "nothing was written"
     (tmp_path / "state").write_text("newer")
     assert "search so far" in written.report()
