@@ -267,7 +267,7 @@ def test_what_a_file_says_is_shown_without_its_escapes(ranked_file, tmp_path, ca
     assert json.loads(out)["provenance"]["source"] == ESCAPE * 3000  # JSON is exact
     assert main(["inspect", str(path), "--plot", str(tmp_path / "map.png")]) == 0
     capsys.readouterr()
-    assert main(["prune", str(path), "-o", str(tmp_path / "out"), "--blocks", "1"]) == 1
+    assert main(["heal", str(path), "--teacher", str(path), "--data", "builtin", "-o", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert err.rstrip("\n").isprintable()
     assert len(err) < 1000

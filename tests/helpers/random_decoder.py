@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept for tests that train, too, whoever asks first
 def tensors(spec: DecoderSpec, scale: float = 0.3) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
