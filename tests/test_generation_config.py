@@ -82,4 +82,4 @@ def test_values_of_the_wrong_type_are_named_once_and_left_out(pico_runtime, conf
     assert params.top_p == (good.get("top_p", 1.0) if config["do_sample"] is True else 1.0)
     warned = [r.getMessage() for r in caplog.records]
     assert len(warned) == 1 and len(warned[0]) < 400
-    assert warned[0].startswith("m: its generation config has values that are left out: ")
+    assert warned[0].startswith("m: its generation_config.json has values that are left out: ")
