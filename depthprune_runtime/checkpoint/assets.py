@@ -88,7 +88,7 @@ def _printable_warnings() -> Iterator[None]:
     """With what Transformers logs made printable."""
     from transformers.utils import logging as library_logging
 
-    library_logging.get_logger()  # type: ignore[no-untyped-call]  # adds its handler
+    library_logging.get_logger()  # adds its handler
     handlers, escaping = logging.getLogger("transformers").handlers[:], _Printable()
     for handler in handlers:
         handler.addFilter(escaping)

@@ -128,7 +128,6 @@ def test_control_tokens_that_end_a_turn_do_so_without_a_key(model, tmp_path):
 def test_chat_templates_with_names(model, tmp_path):
     metadata = byte_level() | {
         "tokenizer.chat_template.tool_use": "{{ tools[0].name }}",
-        "tokenizer.chat_template.x": 3,
     }
     tokenizer = Tokenizer(opened(model, tmp_path, metadata))
     messages = [{"role": "user", "content": "hi"}]
