@@ -70,6 +70,10 @@ def test_a_damaged_generation_config_is_named_and_left_out(stored, caplog):
         {"top_p": [1]},
         {"repetition_penalty": {}},
         {"do_sample": "no"},
+        {"do_sample": 0},
+        {"do_sample": -0.0},
+        {"do_sample": ""},
+        {"do_sample": []},
     ],
 )
 @pytest.mark.parametrize("samples", [True, False])
@@ -82,4 +86,20 @@ def test_values_of_the_wrong_type_are_named_once_and_left_out(pico_runtime, conf
     assert params.top_p == (good.get("top_p", 1.0) if config["do_sample"] is True else 1.0)
     warned = [r.getMessage() for r in caplog.records]
     assert len(warned) == 1 and len(warned[0]) < 400
-    assert warned[0].startswith("m: its generation config has values that are left out: ")
+    assert warned[0].startswith("m: its generation_config.json has values that are left out: ")
+
+
+@pytest.mark.parametrize(
+    ("stated", "wrong"), [([1, None], "[None]"), ([1, 1.0], "[1.0]"), (0.0, "[0.0]"), ("1", "['1']"), ({}, "[{}]")]
+)
+def test_end_tokens_of_the_wrong_type_are_named(pico_runtime, stated, wrong, caplog):
+    Inputs("m", pico_runtime.spec, None, {"eos_token_id": stated})
+    (warned,) = (r.getMessage() for r in caplog.records)
+    assert warned.startswith("m: its generation_config.json: eos_token_id: expected ids below ")
+    assert f"got {wrong}; outputs do not end at them" in warned
+
+
+@pytest.mark.parametrize("stated", [None, [], 1, [1, 2]])
+def test_end_tokens_that_may_be_stated_are_taken_without_a_word(pico_runtime, stated, caplog):
+    Inputs("m", pico_runtime.spec, None, {"eos_token_id": stated, "do_sample": None})
+    assert not caplog.records

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,11 +75,36 @@ def one_line(error: BaseException) -> str:
     return printable(" ".join(str(error).split()), 300) or type(error).__name__
 
 
+class _Printable(logging.Filter):
+    """Makes every message one line that a terminal shows as it is: libraries quote a file's values as they are."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage(), 1000), None
+        return True
+
+
+@contextlib.contextmanager
+def _printable_warnings() -> Iterator[None]:
+    """With what Transformers logs made printable."""
+    from transformers.utils import logging as library_logging
+
+    library_logging.get_logger()  # adds its handler
+    handlers, escaping = logging.getLogger("transformers").handlers[:], _Printable()
+    for handler in handlers:
+        handler.addFilter(escaping)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(escaping)
+
+
 def transformers_config(folder: Path) -> Any:
     """Transformers' config of the model in `folder`; no Python from the folder runs."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with _printable_warnings():
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def transformers_tokenizer(folder: Path) -> Any:
@@ -89,4 +116,5 @@ def transformers_tokenizer(folder: Path) -> Any:
         check_tokenizer_json(path.read_bytes(), str(path))
     elif vocab.is_file():
         _check_vocabulary(read_object(vocab), str(vocab))
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with _printable_warnings():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

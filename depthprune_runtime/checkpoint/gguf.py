@@ -73,17 +73,32 @@ class GGUFCheckpoint(DenseCheckpoint):
             "source": self.name,
             "format": "gguf",
             "family": GGUF_FAMILIES[arch].model_type if arch in GGUF_FAMILIES else arch,
-            "blocks": self._metadata[f"{arch}.block_count"],
+            "blocks": self._number(f"{arch}.block_count", int),
             "dequantized_from": kinds,
         }
 
-    def _number(self, key: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
-        """Number `key` of the metadata; a list of one a block counts as that number if all are equal."""
+    def _scalar(self, key: str, default: Any = None) -> Any:
+        """Value `key` of the metadata, which is no array."""
         value = self._metadata.get(key, default)
-        if isinstance(value, list) and value and all(v == value[0] for v in value):
-            value = value[0]
-        elif isinstance(value, list):
+        if isinstance(value, list):
+            raise InputError(f"{self.path}: {key}: expected one value, got an array of {len(value)}")
+        return value
+
+    def _count(self, key: str, blocks: int, default: Any = None) -> int:
+        """Positive integer `key`, which holds one for all blocks, or an array of equal ones, one a block."""
+        value = self._metadata.get(key, default)
+        if not isinstance(value, list):
+            return int(self._number(key, int, default))
+        counts = self._counts(key, blocks)
+        if len(set(counts)) != 1:
             raise InputError(f"{self.path}: {key}: blocks that differ are not supported, got {printable(value)}")
+        if not counts[0]:
+            raise InputError(f"{self.path}: {key}: expected positive numbers, got {printable(value)}")
+        return counts[0]
+
+    def _number(self, key: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
+        """Positive number `key` of the metadata."""
+        value = self._scalar(key, default)
         if value is None:
             raise InputError(f"{self.path}: metadata key {key} is missing")
         if kinds is float and isinstance(value, int) and not isinstance(value, bool):
@@ -164,7 +179,7 @@ class GGUFCheckpoint(DenseCheckpoint):
 
         blocks = integer("block_count")
         check_block_count(blocks, self._homes, f"{self.path}: {arch}.block_count")
-        width, num_heads = integer("embedding_length"), integer("attention.head_count")
+        width, num_heads = integer("embedding_length"), self._count(f"{arch}.attention.head_count", blocks)
         if f"{arch}.attention.key_length" not in self._metadata and width % num_heads:
             raise InputError(f"{self.path}: attention.head_count: expected a divisor of {width}, got {num_heads}")
         head_dim = integer("attention.key_length", width // num_heads)
@@ -175,10 +190,10 @@ class GGUFCheckpoint(DenseCheckpoint):
         config = {
             "model_type": family.model_type,
             "hidden_size": width,
-            "intermediate_size": integer("feed_forward_length"),
+            "intermediate_size": self._count(f"{arch}.feed_forward_length", blocks),
             "num_hidden_layers": blocks,
             "num_attention_heads": num_heads,
-            "num_key_value_heads": integer("attention.head_count_kv", num_heads),
+            "num_key_value_heads": self._count(f"{arch}.attention.head_count_kv", blocks, num_heads),
             "head_dim": head_dim,
             "vocab_size": self._homes["token_embd.weight"].tensors["token_embd.weight"].shape[0],
             "max_position_embeddings": integer("context_length"),
@@ -188,7 +203,7 @@ class GGUFCheckpoint(DenseCheckpoint):
             "attention_bias": "blk.0.attn_q.bias" in self._homes,
             "rope_parameters": {**self._rope(arch), "partial_rotary_factor": rotated / head_dim},
         }
-        return config | dict(form.config(lambda key: self._metadata.get(f"{arch}.{key}"), config))
+        return config | dict(form.config(lambda key: self._scalar(f"{arch}.{key}"), config))
 
     def _rope(self, arch: str) -> dict[str, Any]:
         theta = float(self._number(f"{arch}.rope.freq_base", float, 10000.0))

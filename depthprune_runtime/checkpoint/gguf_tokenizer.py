@@ -219,11 +219,20 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary, unknown
     }
 
 
+def _chat_template(metadata: Mapping[str, Any], key: str) -> str:
+    """Template `key`, empty where there is none: another type of value would leave the model without it."""
+    value = metadata.get(key, "")
+    if not isinstance(value, str):
+        kind = f"an array of {len(value)}" if isinstance(value, list) else printable(repr(value))
+        raise InputError(f"{key}: expected a text, got {kind}")
+    return value
+
+
 def _named_templates(metadata: Mapping[str, Any]) -> list[dict[str, str]]:
     """All chat templates but the default one, as a tokenizer's config lists them."""
     keys = (key for key in metadata if key.startswith(_TEMPLATE_KEY + "."))
-    found = {key.removeprefix(_TEMPLATE_KEY + "."): metadata[key] for key in keys}
-    return [{"name": name, "template": text} for name, text in found.items() if isinstance(text, str) and text]
+    found = {key.removeprefix(_TEMPLATE_KEY + "."): _chat_template(metadata, key) for key in keys}
+    return [{"name": name, "template": text} for name, text in found.items() if text]
 
 
 def _tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) -> dict[str, bytes]:
@@ -310,13 +319,16 @@ def gguf_assets(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> Laz
 
         return make
 
+    def template() -> bytes:
+        with reading(path):
+            return _chat_template(metadata, _TEMPLATE_KEY).encode()
+
     def generation() -> bytes:
         with reading(path):
             return _generation_config(metadata, vocab_size)
 
     makers = {name: tokenizer_file(name) for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)}
-    template = metadata.get(_TEMPLATE_KEY)
-    if isinstance(template, str) and template:
-        makers[CHAT_TEMPLATE_FILE] = template.encode
+    if metadata.get(_TEMPLATE_KEY, "") != "":
+        makers[CHAT_TEMPLATE_FILE] = template
     makers[GENERATION_CONFIG_FILE] = generation
     return LazyAssets(makers)

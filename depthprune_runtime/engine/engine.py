@@ -82,7 +82,7 @@ class Engine:
         self._runner = Runner(decoder, self._cache, seqs)
         self._decode_steps = min(options.decode_steps, self._runner.max_steps)
         self._groups: dict[str, RequestGroup] = {}
-        self._samplers = Samplers(decoder.spec.vocab_size, decoder.device)
+        self._samplers = Samplers(inputs.name, decoder.spec.vocab_size, decoder.device)
         self._news: list[OutputDelta] = []  # of aborted requests, for the next step
         self._numbers = itertools.count()
         self._process = Process("the engine")
@@ -230,7 +230,7 @@ class Engine:
         for row in tokens:
             for (request, *_), token in zip(chunks, row, strict=True):
                 if not request.finished:  # what a request computed after its end is dropped
-                    deltas.append(self._advance(request, Choice.of(token)))
+                    deltas.append(self._advance(request, self._samplers.choice(token)))
         for request, *_ in chunks:
             if not request.finished:
                 self._scheduler.catch_up(request)

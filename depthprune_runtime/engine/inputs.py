@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from depthprune_runtime.checkpoint.base import GENERATION_CONFIG_FILE
 from depthprune_runtime.engine.params import ALL_LOGPROBS, MAX_OUTPUTS, SamplingParams
 from depthprune_runtime.engine.prompts import Prompt, text_and_ids
 from depthprune_runtime.engine.request import Request
@@ -70,10 +71,12 @@ class Inputs:
         self.tokenizer = tokenizer
         self._missing = "it was loaded with skip_tokenizer_init" if skipped else "it carries no tokenizer"
         self.default_sampling_params = _default_params(name, config)
-        self._eos_ids = self._ends(_eos_ids(config, tokenizer))
+        self._eos_ids = self._ends(f"its {GENERATION_CONFIG_FILE}: eos_token_id", _stated_ends(config))
+        if tokenizer is not None and (end := tokenizer.special_token_id("eos_token")) is not None:
+            self._eos_ids |= self._ends("its tokenizer: eos_token", [end])
 
-    def _ends(self, stated: Iterable[object]) -> frozenset[int]:
-        """The ids of `stated` that the model has; one warning names the others."""
+    def _ends(self, what: str, stated: Iterable[object]) -> frozenset[int]:
+        """The ids of `stated` that the model has; one warning names the others. what: where they are stated."""
         found, wrong = set(), []
         for value in stated:
             token = as_integer(value)
@@ -83,10 +86,11 @@ class Inputs:
                 wrong.append(value)
         if wrong:
             _log.warning(
-                "%s: its generation config names end tokens %s, expected ids below %d; outputs do not end at them",
+                "%s: %s: expected ids below %d, got %s; outputs do not end at them",
                 self.name,
-                shown(wrong),
+                what,
                 self.spec.vocab_size,
+                shown(wrong),
             )
         return frozenset(found)
 
@@ -233,12 +237,12 @@ def _check_request_id(request_id: object) -> None:
         refuse("request_id", f"a string of 1 to {_MAX_ID_LENGTH} printable characters", request_id)
 
 
-def _eos_ids(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[object]:
+def _stated_ends(config: Mapping[str, Any]) -> list[object]:
+    """What `eos_token_id` lists, of whatever types; null alone says that there is none."""
     stated = config.get("eos_token_id")
-    ids = list(stated) if isinstance(stated, list) else [stated]
-    if tokenizer is not None:
-        ids.append(tokenizer.special_token_id("eos_token"))
-    return [i for i in ids if i is not None]
+    if stated is None:
+        return []
+    return list(stated) if isinstance(stated, list) else [stated]
 
 
 def _default_params(name: str, config: Mapping[str, Any]) -> SamplingParams:
@@ -252,12 +256,13 @@ def _default_params(name: str, config: Mapping[str, Any]) -> SamplingParams:
                 stated[field] = config[field]
             except InputError as error:
                 wrong.append(str(error))
-    samples = config.get("do_sample") or False
+    samples = config.get("do_sample")
+    samples = False if samples is None else samples
     if not isinstance(samples, bool):
         wrong.append(f"do_sample: expected true or false, got {shown(samples)}")
         samples = False
     if wrong:
-        _log.warning("%s: its generation config has values that are left out: %s", name, "; ".join(wrong))
+        _log.warning("%s: its %s has values that are left out: %s", name, GENERATION_CONFIG_FILE, "; ".join(wrong))
     if not samples:
         stated = {"temperature": 0.0, "repetition_penalty": stated.get("repetition_penalty", 1.0)}
     return SamplingParams(max_tokens=_DEFAULT_NEW_TOKENS, **stated)

@@ -11,8 +11,9 @@ from torch import Tensor
 from depthprune_runtime.engine.adjustments import Adjustment, seen_tokens, token_bias
 from depthprune_runtime.engine.request import Request
 from depthprune_runtime.engine.sampler import NONE_LEFT, NOT_FINITE, RequestSampler, next_tokens, top_logprobs
+from depthprune_runtime.errors import printable
 
-_DAMAGED = "logits are not finite: the weights are damaged, or overflow in this dtype; try dtype float32"
+_DAMAGED = "model %s: logits are not finite: the weights are damaged, or overflow in this dtype; try dtype float32"
 _NONE_LEFT = "no token is left: allowed_token_ids, bad_words and min_tokens remove them all; ask for less"
 
 Likely = list[tuple[int, float, int]]  # (token, log-probability, rank)
@@ -25,17 +26,12 @@ class Choice(NamedTuple):
     likely: Likely | None = None
     error: str | None = None
 
-    @classmethod
-    def of(cls, token: int, likely: Likely | None = None) -> Choice:
-        if token >= 0:
-            return cls(token, likely)
-        return cls(NOT_FINITE, None, _NONE_LEFT if token == NONE_LEFT else _DAMAGED)
-
 
 class Samplers:
-    """A sampler for each request from its first token to its end: those that wait have none."""
+    """A sampler for each request from its first token to its end: those that wait have none. name: of the model."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, name: str, vocab_size: int, device: torch.device) -> None:
+        self._name = name
         self._vocab_size = vocab_size
         self._device = device
         self._made: dict[int, RequestSampler] = {}  # by arrival
@@ -69,6 +65,12 @@ class Samplers:
         except Exception:
             return None
 
+    def choice(self, token: int, likely: Likely | None = None) -> Choice:
+        """`token`, or why there is none where it is negative."""
+        if token >= 0:
+            return Choice(token, likely)
+        return Choice(NOT_FINITE, None, _NONE_LEFT if token == NONE_LEFT else _DAMAGED % printable(self._name, 1000))
+
     def drop(self, request: Request) -> None:
         """Forget a request that has ended."""
         self._made.pop(request.arrival, None)
@@ -94,7 +96,7 @@ class Samplers:
             found = dict(zip(rows, top_logprobs(wanted, [tokens[i] for i in rows], counts), strict=True))
         for sampler, token in zip(samplers, tokens, strict=True):
             sampler.take(token)
-        return [Choice.of(token, found.get(i)) for i, token in enumerate(tokens)]
+        return [self.choice(token, found.get(i)) for i, token in enumerate(tokens)]
 
     def check(self, unfinished: set[int]) -> None:
         """Assert that no sampler outlives its request, given the arrivals of those that run or wait. For tests."""

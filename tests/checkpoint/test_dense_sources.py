@@ -202,3 +202,22 @@ def test_a_generation_config_that_cannot_be_read_is_named(pico_llama, tmp_path):
     (folder / "generation_config.json").symlink_to("/proc/self/mem")  # a file whose first page cannot be read
     with pytest.raises(InputError, match=r"m/generation_config\.json: cannot be read: Input/output error"):
         dict(open_checkpoint(folder).assets)
+
+
+@pytest.mark.parametrize("kind", ["two\nlines\r", "\u202eright to left", "nul\x00", "\x1b[31mred"])
+def test_what_transformers_says_about_a_config_is_printable(folder, kind, capsys):
+    handler = logging.StreamHandler()
+    library = logging.getLogger("transformers")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": kind, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    library.addHandler(handler)
+    try:
+        with pytest.raises(InputError, match="rope_type"):
+            open_checkpoint(folder)
+    finally:
+        library.removeHandler(handler)
+    said = capsys.readouterr().err
+    assert "rope_type" in said
+    assert all(line.isprintable() for line in said.split("\n"))
+    assert not handler.filters

@@ -87,6 +87,22 @@ def test_a_file_without_vocabulary_takes_none_from_its_folder(model, tmp_path):
     assert dict(opened(model, tmp_path, {}).assets) == {}
 
 
+@pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"])
+@pytest.mark.parametrize(
+    ("value", "got"), [(1, "1"), (False, "False"), (0.5, "0.5"), ([pico.CHAT_TEMPLATE], "an array of 1")]
+)
+def test_a_chat_template_that_is_no_text_is_refused(model, tmp_path, key, value, got):
+    checkpoint = opened(model, tmp_path, byte_level() | {key: value})
+    with pytest.raises(InputError) as raised:
+        Tokenizer(checkpoint)
+    assert str(raised.value).endswith(f"m.gguf: {key}: expected a text, got {got}")
+
+
+def test_an_empty_chat_template_is_none(model, tmp_path):
+    checkpoint = opened(model, tmp_path, byte_level() | {"tokenizer.chat_template": ""})
+    assert Tokenizer(checkpoint).chat_template is None
+
+
 def test_all_end_tokens_are_read(model, tmp_path):
     def ends(**changes):
         return json.loads(opened(model, tmp_path, byte_level(**changes)).assets["generation_config.json"])
@@ -112,7 +128,6 @@ def test_control_tokens_that_end_a_turn_do_so_without_a_key(model, tmp_path):
 def test_chat_templates_with_names(model, tmp_path):
     metadata = byte_level() | {
         "tokenizer.chat_template.tool_use": "{{ tools[0].name }}",
-        "tokenizer.chat_template.x": 3,
     }
     tokenizer = Tokenizer(opened(model, tmp_path, metadata))
     messages = [{"role": "user", "content": "hi"}]

@@ -268,9 +268,10 @@ def test_wrong_end_tokens_of_a_file_are_named_and_left_out(pico_llama, tmp_path,
     )
     with caplog.at_level(logging.WARNING, "depthprune_runtime"):
         runtime = Runtime.load(folder, device="cpu")
-    warnings = [r.getMessage() for r in caplog.records if "end tokens" in r.getMessage()]
+    warnings = [r.getMessage() for r in caplog.records if "eos_token_id" in r.getMessage()]
     assert len(warnings) == 1
     assert "9223372036854775808, 384, -1, True, '2', 2.5" in warnings[0]
+    assert "its generation_config.json: eos_token_id: expected ids below 384, got [" in warnings[0]
     request = runtime.engine(kv_memory="1MiB").prepare([5, 6], GREEDY.__class__()).requests[0]
     assert request.end_ids == [1, 7]  # the tokenizer's, and the one that is good
     runtime.generate([5, 6], max_new_tokens=3)
@@ -291,7 +292,7 @@ def test_sampling_of_a_file_is_checked_when_it_is_loaded(pico_llama, tmp_path, t
     assert params == SamplingParams(temperature=1.0 if "do_sample" in text else 0.0, max_tokens=128)
     warnings = [r.getMessage() for r in caplog.records]
     assert len(warnings) == 1
-    assert re.search(r"its generation config has values that are left out: \w+: expected ", warnings[0])
+    assert re.search(r"its generation_config\.json has values that are left out: \w+: expected ", warnings[0])
 
 
 @pytest.mark.parametrize("window", [2**31, 2**63, HUGE], ids=shown)

@@ -7,18 +7,19 @@ import random
 from collections.abc import Mapping
 
 from fuzz.bytes_mutants import mutate_bytes
-from fuzz.json_mutants import ODD_TEXTS, Rules, mutate_json
+from fuzz.json_mutants import GENERATION_FIELDS, ODD_TEXTS, Rules, mutate_json
 from fuzz.mutation import Mutant, Mutation
 from fuzz.native_mutants import EXTRAS, mutate_template
 from fuzz.safetensors_file import take_apart
 
 INDEX = "model.safetensors.index.json"
 _CONFIG = Rules(defaults=True, last_wins=True)
+_GENERATION = Rules(defaults=True, last_wins=True, fields=GENERATION_FIELDS)
 _STRICT = Rules()
 _LIBRARY = Rules(defaults=True, last_wins=True, opaque=True)
 _RULES = {
     "config.json": _CONFIG,
-    "generation_config.json": _CONFIG,
+    "generation_config.json": _GENERATION,
     "tokenizer_config.json": _CONFIG,
     "tokenizer.json": _LIBRARY,
     INDEX: _STRICT,

@@ -111,10 +111,11 @@ def _type(rng: random.Random, file: GGUFFile) -> Mutation:
     key = f.key.decode()
     kind = rng.choice(("type", "type only", "array of one", "no such type", "array claim", "nested array"))
     if kind == "type":
+        same = f.type == STRING  # so far: then it is another text
         f.type = rng.choice([*SCALARS, STRING])
         simple = f.value if not isinstance(f.value, list | bytes) else 1
         f.value = str(simple).encode() if f.type == STRING else simple
-        return Mutation(kind, FILE, (key,), meant=False)
+        return Mutation(kind, FILE, (key,), meant=same and f.type == STRING and key.startswith("tokenizer."))
     if kind == "type only":
         whole = GGUFFile([f], [], b"").assemble()
         f.raw = whole[24 + 8 + len(f.key) + 4 :][: 8 if f.type in (UINT64, INT64, FLOAT64) else 4]

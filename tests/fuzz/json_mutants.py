@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fuzz.bytes_mutants import mutate_bytes
@@ -35,12 +36,16 @@ _KINDS = (
 class Rules:
     """What a format's documents allow. defaults: a missing key has a documented default; last_wins: of duplicate
     keys the last counts; values: another value of the same type may change the result; opaque: the document belongs to
-    a library, which alone says what its contents mean."""
+    a library, which alone says what its contents mean; fields: what the keys that are read may hold, where that is
+    known key by key, and exchanged values are then judged by it; may_be_zero: numbers of which 0 is one like any
+    other."""
 
     defaults: bool = False
     last_wins: bool = False
     values: bool = True
     opaque: bool = False
+    fields: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    may_be_zero: tuple[str, ...] = ()
 
 
 def _children(node: Any) -> list[str | int]:
@@ -93,6 +98,8 @@ _MAY_BE_ZERO = ("temperature", "top_k", "min_p", "bos_token_id", "eos_token_id",
 def _documented(path: Path, new: Any, rules: Rules) -> bool:
     """Whether the owner of a key gives `new` a meaning although it differs from the old value in kind."""
     key = next((k for k in reversed(path) if isinstance(k, str)), "")
+    if key in rules.may_be_zero and _number(new) and new == 0:
+        return True
     if not rules.last_wins:  # a document of our own
         return False
     ids = new if isinstance(new, list) else [new]
@@ -100,6 +107,31 @@ def _documented(path: Path, new: Any, rules: Rules) -> bool:
     if key == "eos_token_id":  # one id or several
         return new is None or whole
     return new is None or (key in _MAY_BE_ZERO and _number(new) and new == 0)
+
+
+def _id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _between(least: float, most: float, above: bool = False) -> Callable[[Any], bool]:
+    """Numbers from `least` (`above`: more than it) to `most`."""
+    return lambda value: (
+        value is None or (type(value) in (int, float) and least <= value <= most and not (above and value == least))
+    )
+
+
+# generation_config.json; null is as if the key were missing, and all other keys are not read
+GENERATION_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "do_sample": lambda value: value is None or isinstance(value, bool),
+    "temperature": _between(0.0, 1e30),
+    "top_k": lambda value: value is None or _id(value),
+    "top_p": _between(0.0, 1.0, above=True),
+    "min_p": _between(0.0, 1.0),
+    "repetition_penalty": _between(0.0, 1e30, above=True),
+    "eos_token_id": lambda value: (
+        value is None or _id(value) or (isinstance(value, list) and bool(value) and all(map(_id, value)))
+    ),
+}
 
 
 def _legal(old: Any, new: Any) -> bool:
@@ -193,7 +225,10 @@ def mutate_json(rng: random.Random, document: Any, name: str, rules: Rules) -> t
             kind, meant = "no change", False
         else:
             document = _put(_put(document, path, second), other, first)
-            meant = rules.values and _legal(first, second) and _legal(second, first)
+            if rules.fields:
+                meant = all(good(document[key]) for key, good in rules.fields.items() if key in document)
+            else:
+                meant = rules.values and _legal(first, second) and _legal(second, first)
     else:
         kind = kind if kind not in ("drop", "rename", "duplicate", "add", "swap") else "type"
         old = at(document, path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 from fuzz.bytes_mutants import mutate_bytes
-from fuzz.json_mutants import ODD_TEXTS, Rules, mutate_json, mutate_json_text
+from fuzz.json_mutants import GENERATION_FIELDS, ODD_TEXTS, Rules, mutate_json, mutate_json_text
 from fuzz.json_text import Raw
 from fuzz.mutation import Mutant, Mutation
 from fuzz.safetensors_file import TensorFile, take_apart
@@ -20,10 +20,11 @@ _OWN = Rules(defaults=True)
 _HEADER = Rules()
 _LIBRARY = Rules(defaults=True, last_wins=True, opaque=True)
 _CONFIG = Rules(defaults=True, last_wins=True)
+_GENERATION = Rules(defaults=True, last_wins=True, fields=GENERATION_FIELDS)
 _ASSET_RULES = {
     "tokenizer.json": _LIBRARY,
     "tokenizer_config.json": _CONFIG,
-    "generation_config.json": _CONFIG,
+    "generation_config.json": _GENERATION,
 }
 # longer jobs after loading, one for each mutant; most have none
 EXTRAS = ("", "", "", "", "", "", "import", "import", "prune", "repair", "quantize")

@@ -33,7 +33,7 @@ def state_mutant(format: str, seed: int, original: str, files: Mapping[str, byte
     else:
         document = json.loads(files[FILE])
         del document["checksum"]
-        made, mutation = mutate_json(rng, document, FILE, Rules())
+        made, mutation = mutate_json(rng, document, FILE, Rules(may_be_zero=("distance",)))
         made = _summed(made)
     return Mutant(format, seed, original, (mutation,), {**files, FILE: made}, FILE)
 

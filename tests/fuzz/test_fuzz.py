@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from fuzz import campaign, gguf_file, json_mutants, safetensors_file, sandbox
+from fuzz import campaign, gguf_file, json_mutants, safetensors_file, sandbox, uses
 from fuzz.campaign import FORMATS, Bench, schedule
 from fuzz.mutation import Mutant, Mutation
 from fuzz.native_mutants import HEAD, NativeFile
@@ -20,6 +20,8 @@ from fuzz.originals import Original
 from fuzz.sandbox import Report, run_child, run_children
 from fuzz.uses import Observation
 from fuzz.verdicts import judge
+
+from depthprune_runtime import SamplingParams
 
 MUTANTS = 320
 SEEDS = {name: [s for f, s in schedule(MUTANTS) if f == name] for name in FORMATS}
@@ -97,6 +99,43 @@ def test_outcomes_of_children_that_end_well():
     assert _outcome(_seen(refused=("load", "rope " * 300))) == "noise"
     assert _outcome(_seen(results={"logits": "1"}, shown=["a\x1b[2Jb"])) == "noise"
     assert _outcome(_seen(results={"logits": "1"}, complaints=["the text is lost"])) == "broken"
+
+
+def test_a_refusal_may_name_an_argument_of_the_job():
+    assert _outcome(_seen(refused=("prune", "blocks: expected 0 to 0 of 1, got 1"))) == "refused"
+    assert _outcome(_seen(refused=("prune", "there are too many blocks: 5"))) == "vague"
+    assert _outcome(_seen(refused=("add_request", "the queue holds 1 of 64 (max_waiting)"))) == "refused"
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9}, True),
+        ({"temperature": 0.7, "pad_token_id": 1}, True),
+        ({"top_k": 40, "top_p": 0.9}, False),
+        ({"do_sample": True, "bos_token_id": 0}, False),
+        ({"temperature": 0.7, "transformers_version": "5.0"}, False),
+        ({"eos_token_id": 1, "repetition_penalty": 1.5}, False),
+    ],
+)
+def test_values_exchanged_are_meant_where_both_keys_may_hold_them(values, meant):
+    """A key that is not read may hold anything."""
+    rules = json_mutants.Rules(defaults=True, last_wins=True, fields=json_mutants.GENERATION_FIELDS)
+    made = [json_mutants.mutate_json(random.Random(seed), values, "d", rules)[1] for seed in range(400)]
+    assert {m.meant for m in made if m.kind == "swap"} == {meant}
+
+
+def test_zero_is_meant_only_where_a_number_may_be_zero():
+    for names, expected in ((("distance",), True), ((), False)):
+        rules = json_mutants.Rules(may_be_zero=names)
+        made = [json_mutants.mutate_json(random.Random(s), {"distance": 0.5}, "d", rules)[1] for s in range(400)]
+        assert {m.meant for m in made if m.kind == "zero" and m.path} == {expected}
+
+
+def test_a_call_is_judged_by_the_options_that_replace_its_parameters():
+    params = SamplingParams(max_tokens=100, n=2)
+    assert uses._asked(params, {"max_new_tokens": 3}) == SamplingParams(max_tokens=3, n=2)
+    assert uses._asked(params, {"n": 3, "tools": []}) == SamplingParams(max_tokens=100, n=3)
 
 
 def test_children_that_end_badly(monkeypatch):

@@ -6,6 +6,7 @@ A use returns an `Observation`: results by name, which are compared with those o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -226,6 +227,13 @@ def _engine(runtime: Any, payload: Mapping[str, Any], params: Any, seen: Observa
         _check_output(runtime, found[second], params, seen)
 
 
+def _asked(params: Any, options: Mapping[str, Any]) -> Any:
+    """`params` with the options that a call has taken in their place."""
+    fields = {f.name for f in dataclasses.fields(params)}
+    named = {"max_tokens" if name == "max_new_tokens" else name: value for name, value in options.items()}
+    return dataclasses.replace(params, **{name: value for name, value in named.items() if name in fields})
+
+
 def use_request(runtime: Any, payload: Mapping[str, Any]) -> Observation:
     """One request with odd parameters, prompts or messages against a loaded model."""
     from depthprune_runtime import EngineFull, InputError, SamplingParams
@@ -243,7 +251,7 @@ def use_request(runtime: Any, payload: Mapping[str, Any]) -> Observation:
             _check_output(runtime, runtime.chat(payload["messages"], params, **payload["options"]), params, seen)
         elif kind == "generate":
             for output in runtime.generate(payload["prompt"], params, **payload["options"]):
-                _check_output(runtime, output, params, seen)
+                _check_output(runtime, output, _asked(params, payload["options"]), seen)
         else:
             whole = runtime.generate(payload["prompt"], params, **payload["options"])
             texts = {(r, o.index): "" for r, output in enumerate(whole) for o in output.outputs}

@@ -15,6 +15,8 @@ GOOD = ("ok", "refused", "warned", "meant")
 BAD = ("changed", "traceback", "signal", "hang", "memory", "noise", "vague", "broken")
 OUTCOMES = (*GOOD, *BAD)
 _MOST_CHARACTERS = 1000
+_ASKED = "blocks: "  # the argument of the jobs of `uses`, where it is more than a mutant has
+_FULL = "(max_waiting)"  # that of its engine, which the mutant's n overfills
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -54,6 +56,8 @@ def _bad_message(message: str, mutant: Mutant) -> Verdict | None:
         return Verdict("noise", f"{len(message)} characters: {message!r:.200}", f"too long: {shape}")
     if (wrong := noise(message)) is not None:
         return Verdict("noise", f"{wrong}: {message!r:.200}", f"escapes: {shape}")
+    if message.startswith(_ASKED) or _FULL in message:
+        return None
     words = set().union(*(m.names for m in mutant.mutations))
     words |= {*mutant.files, mutant.target, "model", "prompt", "messages", "made", "ids"}
     if not any(w.lower() in message.lower() if len(w) > 1 else message.startswith(f"{w}:") for w in words):

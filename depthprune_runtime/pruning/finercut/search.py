@@ -92,7 +92,8 @@ def _next_step(scorer: CandidateScorer, state: SearchState, spec: DecoderSpec) -
     scorer.remove(best)
     removed = spec.sublayers[best]
     cost = scorer.evaluations - before
-    return Step(len(gone) + 1, best, removed.kind, removed.origin[0], scores[best], cost, plain)
+    distance = max(0.0, scores[best])  # a divergence that rounds to less than nothing
+    return Step(len(gone) + 1, best, removed.kind, removed.origin[0], distance, cost, plain)
 
 
 def _check_windows(windows: Tensor, spec: DecoderSpec) -> None:  # [N, S] int64

@@ -89,6 +89,8 @@ def _check_steps(steps: tuple[Step, ...], spec: DecoderSpec) -> None:
         removed = spec.sublayers[step.sublayer]
         if (step.kind, step.block) != (removed.kind, removed.origin[0]):
             raise InputError(f"step {place}: sub-layer {step.sublayer} is not the {step.kind} of block {step.block}")
+        if step.distance < 0:
+            raise InputError(f"step {place}: distance: expected a number >= 0, got {step.distance}")
     if len({step.sublayer for step in steps}) != len(steps):
         raise InputError("steps: a sub-layer is removed twice")
 

@@ -72,6 +72,7 @@ def test_a_state_without_a_checksum_is_refused(state):
     ("changes", "message"),
     [
         ({"step": 2}, "in order"),
+        ({"distance": -0.25}, "step 1: distance: expected a number >= 0, got -0.25"),
         ({"sublayer": 12, "block": 6, "kind": "attention"}, "one of 12 sub-layers"),
         ({"kind": "attention"}, "is not the attention of block 4"),
         ({"block": 3}, "is not the ffn of block 3"),
