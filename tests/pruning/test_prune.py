@@ -45,12 +45,6 @@ def test_dropping_nothing_changes_nothing(pico_file, pico_runtime, tmp_path):
     assert Runtime.load(tmp_path / "p", device="cpu").logits(ids).equal(pico_runtime.logits(ids))
 
 
-def test_a_pruned_model_is_not_pruned_again(pico_file, tmp_path):
-    prune(pico_file, tmp_path / "p", blocks=1, **SMALL)
-    with pytest.raises(InputError, match="already pruned by shortgpt"):
-        prune(tmp_path / "p", tmp_path / "q", blocks=1, **SMALL)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
