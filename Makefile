@@ -7,7 +7,7 @@ CSRC := $(foreach depth,* */* */*/*,$(foreach end,cpp h inc cu cuh,$(wildcard cs
 SOURCES := setup.py pyproject.toml $(CSRC)
 
 .PHONY: demo test lint sanitize fuzz docs weights bench peers bench-cpu report gpu gpu-with clean
-demo: $(VENV)/installed $(WEIGHTS)
+demo: $(VENV)/built $(WEIGHTS)
 	$(BIN)/python benchmarks/demo.py $(WEIGHTS)
 
 test: lint $(WEIGHTS)
@@ -88,7 +88,13 @@ $(VENV)/torch:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" pybind11 ninja
 	touch $@
 
-$(VENV)/installed: $(VENV)/torch $(SOURCES)
+# The package alone, with its extension: what the demo needs.
+$(VENV)/built: $(VENV)/torch $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+# What tests, lint and benchmarks need besides; nothing is compiled again.
+$(VENV)/installed: $(VENV)/built
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@
 
